@@ -1,0 +1,23 @@
+"""LocoProp: train a network by solving one small local problem per layer."""
+
+from locoprop_optax import linen, losses, regularizers, solvers, targets
+from locoprop_optax._intermediates import Intermediates, LayerIntermediates
+from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
+from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Intermediates",
+    "LayerIntermediates",
+    "ScaleByLocoPropState",
+    "linen",
+    "locoprop",
+    "locoprop_m",
+    "locoprop_s",
+    "losses",
+    "regularizers",
+    "scale_by_locoprop",
+    "solvers",
+    "targets",
+]

@@ -1,0 +1,173 @@
+"""A traced loss as a flat list of equations in which captured layers stand out.
+
+A *tap* is an identity put around a layer's pre-activation while a loss is traced. It
+also takes a stand-in for the layer's probe, so that the trace shows whether a probe
+would reach the layer whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching
+
+tap_p = core.Primitive("locoprop_tap")
+tap_p.def_abstract_eval(lambda probe, preactivations, **_: preactivations)
+
+
+def tap(probe: jax.Array, preactivations: jax.Array, *, layer: str, call: int):
+    """Marks a layer's pre-activation in a trace."""
+    return tap_p.bind(probe, preactivations, layer=layer, call=call, broadcast=False)
+
+
+def _batch_tap(operands, dims, *, broadcast, **params):
+    probe_dim, dim = dims
+    broadcast = broadcast or (dim is not None and probe_dim is None)
+    return tap_p.bind(*operands, broadcast=broadcast, **params), dim
+
+
+def _differentiate_tap(primals, tangents, **params):
+    return tap_p.bind(*primals, **params), tangents[1]
+
+
+batching.primitive_batchers[tap_p] = _batch_tap
+ad.primitive_jvps[tap_p] = _differentiate_tap
+
+Atom = int | core.Literal
+
+
+class Equation(NamedTuple):
+    """One equation, its variables numbered, and the jaxpr that it stands in."""
+
+    source: core.JaxprEqn
+    home: core.Jaxpr
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def primitive(self) -> core.Primitive:
+        """What it does."""
+        return self.source.primitive
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """How it does it."""
+        return self.source.params
+
+    def evaluate(self, operands: Sequence[Any]) -> list[Any]:
+        """Its results for the values of its inputs."""
+        given = {
+            var: value
+            for var, value in zip(self.source.invars, operands, strict=True)
+            if not isinstance(var, core.Literal)
+        }
+        alone = self.home.replace(
+            constvars=[],
+            invars=list(given),
+            outvars=self.source.outvars,
+            eqns=[self.source],
+        )
+        return jax.core.eval_jaxpr(alone, [], *given.values())
+
+
+@dataclass
+class Graph:
+    """The equations of a trace, or of the body of one of its loops.
+
+    Attributes:
+      equations: in the order of their execution.
+      inputs: the arguments' numbers.
+      results: the results' numbers.
+      avals: the abstract value of each number.
+      constants: the values of the numbers that are known constants.
+      wraps: the equations that hold taps and could not be inlined.
+    """
+
+    equations: list[Equation] = field(default_factory=list)
+    inputs: tuple[Atom, ...] = ()
+    results: tuple[Atom, ...] = ()
+    avals: dict[int, Any] = field(default_factory=dict)
+    constants: dict[int, Any] = field(default_factory=dict)
+    wraps: list[Equation] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, closed: core.ClosedJaxpr) -> "Graph":
+        """Flattens a jaxpr: calls that hold taps are inlined, others are kept."""
+        graph = cls()
+        graph.inputs = tuple(graph._number(v) for v in closed.jaxpr.invars)
+        graph.results = graph._inline(closed.jaxpr, closed.consts, graph.inputs)
+        return graph
+
+    def _number(self, var: Any) -> int:
+        self.avals[len(self.avals)] = var.aval
+        return len(self.avals) - 1
+
+    def _inline(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Atom]
+    ) -> tuple[Atom, ...]:
+        numbers: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            numbers[var] = number = self._number(var)
+            if not isinstance(value, jax.core.Tracer):
+                self.constants[number] = value
+
+        def read(atom) -> Atom:
+            return atom if isinstance(atom, core.Literal) else numbers[atom]
+
+        for equation in jaxpr.eqns:
+            operands = tuple(map(read, equation.invars))
+            name, params = equation.primitive.name, equation.params
+            body = _body(params)
+            if name in _INLINED and body is not None and holds_tap(body.jaxpr):
+                outputs = self._inline(body.jaxpr, body.consts, operands)
+            else:
+                outputs = tuple(self._number(v) for v in equation.outvars)
+                kept = Equation(equation, jaxpr, operands, outputs)
+                self.equations.append(kept)
+                if any(map(holds_tap, _sub_jaxprs(params))):
+                    self.wraps.append(kept)
+            numbers.update(zip(equation.outvars, outputs, strict=True))
+        return tuple(map(read, jaxpr.outvars))
+
+    def consumers(self) -> dict[int, list[Equation]]:
+        """The equations that read each number."""
+        consumers: dict[int, list[Equation]] = {}
+        for equation in self.equations:
+            for number in {i for i in equation.inputs if isinstance(i, int)}:
+                consumers.setdefault(number, []).append(equation)
+        return consumers
+
+    def sources(self, atom: Atom) -> set[int]:
+        """The positions of the inputs that an operand is computed from."""
+        reached = {atom}
+        for equation in reversed(self.equations):
+            if not reached.isdisjoint(equation.outputs):
+                reached.update(i for i in equation.inputs if isinstance(i, int))
+        return {at for at, number in enumerate(self.inputs) if number in reached}
+
+
+_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+
+
+def _body(params: dict[str, Any]) -> core.ClosedJaxpr | None:
+    body = params.get("jaxpr", params.get("call_jaxpr"))
+    return core.ClosedJaxpr(body, ()) if isinstance(body, core.Jaxpr) else body
+
+
+def _sub_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def holds_tap(jaxpr: core.Jaxpr) -> bool:
+    """Whether a tap is among the equations, however deep."""
+    return any(
+        equation.primitive is tap_p or any(map(holds_tap, _sub_jaxprs(equation.params)))
+        for equation in jaxpr.eqns
+    )

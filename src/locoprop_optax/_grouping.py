@@ -1,0 +1,84 @@
+"""Which layers are solved together: equal ones, stacked, under one `vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class _Group(NamedTuple):
+    """Equal layers: their paths, and how many axes of each count stacked layers."""
+
+    paths: tuple[str, ...]
+    stack_dims: int
+
+
+class Grouped(Generic[T]):
+    """One value per layer, the values of equal layers stacked.
+
+    Groups of one layer carry no extra axis, so that unequal layers cost nothing.
+    """
+
+    def __init__(self, groups: tuple[_Group, ...], values: tuple[T, ...]):
+        self._groups = groups
+        self._values = values
+
+    @classmethod
+    def of(cls, layers: Mapping[str, T], stack_dims: Mapping[str, int]) -> Grouped[T]:
+        """Groups layers whose values are equal in structure, shapes and dtypes."""
+        alike: dict[Any, list[str]] = {}
+        for path, value in layers.items():
+            leaves, structure = jax.tree.flatten(value)
+            avals = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+            key = (structure, avals, stack_dims[path])
+            alike.setdefault(key, []).append(path)
+        groups = tuple(_Group(tuple(paths), key[2]) for key, paths in alike.items())
+        return cls(groups, tuple(_stack([layers[p] for p in g.paths]) for g in groups))
+
+    def like(self, layers: Mapping[str, S]) -> Grouped[S]:
+        """Groups other values of the same layers in the same way."""
+        stacked = tuple(_stack([layers[p] for p in g.paths]) for g in self._groups)
+        return Grouped(self._groups, stacked)
+
+    def map(self, function: Callable[..., S], *others: Grouped[Any]) -> Grouped[S]:
+        """Applies a function of single layers' values to every layer."""
+        results = []
+        for group, *values in zip(
+            self._groups, self._values, *(g._values for g in others), strict=True
+        ):
+            mapped = function
+            for _ in range(group.stack_dims + (len(group.paths) > 1)):
+                mapped = jax.vmap(mapped)
+            results.append(mapped(*values))
+        return Grouped(self._groups, tuple(results))
+
+    def unzip(self) -> tuple[Grouped[Any], ...]:
+        """Parts values that are tuples into one `Grouped` for each element."""
+        parts = zip(*self._values, strict=True)  # pyright: ignore
+        return tuple(Grouped(self._groups, part) for part in parts)
+
+    def to_layers(self) -> dict[str, T]:
+        """The values by layer path."""
+        layers: dict[str, T] = {}
+        for group, value in zip(self._groups, self._values, strict=True):
+            members = _unstack(value, len(group.paths))
+            layers.update(zip(group.paths, members, strict=True))
+        return layers
+
+
+def _stack(values: list[T]) -> T:
+    if len(values) == 1:
+        return values[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+
+
+def _unstack(value: T, count: int) -> list[T]:
+    if count == 1:
+        return [value]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(count)]
