@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Float
 
 from locoprop_optax._hyperparams import (
@@ -19,6 +18,7 @@ from locoprop_optax._hyperparams import (
     check_count,
     check_not_negative,
 )
+from locoprop_optax._inverse import inverse
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._local_problem import LocalProblem, LocalProblems, at_least_float32
 
@@ -132,8 +132,8 @@ def majorized_newton(num_steps: int = 2, damping: ScalarOrSchedule = 0.1) -> Sol
     r"""Newton steps on a quadratic that lies above the local problem.
 
     Since :math:`f' \le c`, the local problem lies under a quadratic with the Hessian
-    :math:`c\, x^\top x + \lambda I`, whichever the outputs. One Cholesky factor per
-    layer and batch serves all steps:
+    :math:`c\, x^\top x + \lambda I`, whichever the outputs. One inverse per layer and
+    batch serves all steps:
 
     .. math::
       \Delta \leftarrow \Delta - (c\, x^\top x + \lambda I)^{-1}
@@ -186,12 +186,12 @@ def _solve_layer(problem: LocalProblem, num_steps: int, damping: Any) -> LayerPa
     size = gram.shape[0]
     strength = damping * bound * jnp.trace(gram) / size
     hessian = bound * gram + (strength + penalty) * jnp.eye(size, dtype=gram.dtype)
-    factor = cho_factor(hessian)
+    newton = inverse(hessian)
 
     def advance(step, gradient):
         damped = {name: gradient[name] + strength * step[name] for name in step}
-        newton = _to_params(cho_solve(factor, _to_matrix(damped)), step)
-        return {name: step[name] - newton[name] for name in step}
+        change = _to_params(newton @ _to_matrix(damped), step)
+        return {name: step[name] - change[name] for name in step}
 
     def later_step(step, _):
         return advance(step, problem.gradient(step)), None

@@ -1,0 +1,1 @@
+"""Benchmarks of locoprop_optax: run each as `python -m benchmarks.<name>`."""

@@ -1,0 +1,90 @@
+"""Tables and pictures, made from results alone.
+
+`python -m benchmarks.report FILE.jsonl` shows the table and redraws the picture of an
+autoencoder benchmark.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import CONTESTANTS
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results in a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Prints losses, steps and times; times also relative to Adam's, if it ran."""
+    settings = results[0]["settings"]
+    table = Table(
+        title=f"Deep autoencoder on {settings['data']}, {settings['train_images']} "
+        f"images, batch {settings['batch_size']}, {settings['epochs']} epochs"
+    )
+    table.add_column("optimizer")
+    for column in ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam"):
+        table.add_column(column, justify="right")
+    step_seconds = {r["optimizer"]: r["median_step_seconds"] for r in results}
+    adam = step_seconds.get("adam")
+    for result in results:
+        last, step = result["curve"][-1], step_seconds[result["optimizer"]]
+        table.add_row(
+            CONTESTANTS[result["optimizer"]].label,
+            f"{last['train_loss']:.2f}",
+            f"{last['test_loss']:.2f}",
+            str(last["steps"]),
+            f"{last['seconds']:.1f}",
+            f"{step:.3f}",
+            f"{step / adam:.2f}" if adam else "–",
+        )
+    Console().print(table)
+
+
+def plot_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the loss against epochs and against seconds, side by side."""
+    settings = results[0]["settings"]
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
+        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, key in ((left, "epoch"), (right, "seconds")):
+            for i, result in enumerate(results):
+                curve, color = result["curve"], f"C{i}"
+                at = [point[key] for point in curve]
+                label = CONTESTANTS[result["optimizer"]].label
+                train = [point["train_loss"] for point in curve]
+                axes.plot(at, train, color=color, label=label)
+                test = [point["test_loss"] for point in curve]
+                axes.plot(at, test, color=color, linestyle=":", alpha=0.8)
+            axes.set_xlabel(f"{key}s" if key == "epoch" else "seconds of training")
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
+        left.set_ylabel("loss (solid: training, dotted: test)")
+        left.legend(frameon=False)
+        title = (
+            f"Deep autoencoder on {settings['data']}, batch {settings['batch_size']}"
+        )
+        figure.suptitle(f"{title}, {results[0]['made']['machine']['processor']}")
+        figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Shows the table and redraws the picture of a file of results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
+    parser.add_argument("results", type=Path, help="a file of JSON lines")
+    path = parser.parse_args(arguments).results
+    results = read_results(path)
+    print_table(results)
+    plot_curves(results, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
