@@ -5,11 +5,12 @@ also takes a stand-in for the layer's probe, so that the trace shows whether a p
 would reach the layer whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer, eval_jaxpr
 from jax.extend import core
 from jax.interpreters import ad, batching
 
@@ -69,7 +70,7 @@ class Equation(NamedTuple):
             outvars=self.source.outvars,
             eqns=[self.source],
         )
-        return jax.core.eval_jaxpr(alone, [], *given.values())
+        return eval_jaxpr(alone, [], *given.values())
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Graph:
         numbers: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = number = self._number(var)
-            if not isinstance(value, jax.core.Tracer):
+            if not isinstance(value, Tracer):
                 self.constants[number] = value
 
         def read(atom) -> Atom:
@@ -119,7 +120,7 @@ class Graph:
         for equation in jaxpr.eqns:
             operands = tuple(map(read, equation.invars))
             name, params = equation.primitive.name, equation.params
-            body = _body(params)
+            body = body_of(params)
             if name in _INLINED and body is not None and holds_tap(body.jaxpr):
                 outputs = self._inline(body.jaxpr, body.consts, operands)
             else:
@@ -151,7 +152,8 @@ class Graph:
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
-def _body(params: dict[str, Any]) -> core.ClosedJaxpr | None:
+def body_of(params: Mapping[str, Any]) -> core.ClosedJaxpr | None:
+    """The jaxpr that an equation with these parameters calls, if it is just one."""
     body = params.get("jaxpr", params.get("call_jaxpr"))
     return core.ClosedJaxpr(body, ()) if isinstance(body, core.Jaxpr) else body
 

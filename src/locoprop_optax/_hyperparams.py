@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
 
@@ -39,4 +40,4 @@ def check_count(name: str, value: int) -> None:
 
 
 def _is_known(value: Any) -> bool:
-    return not callable(value) and not isinstance(value, jax.core.Tracer)
+    return not callable(value) and not isinstance(value, Tracer)

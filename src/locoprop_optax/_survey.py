@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 from jax.extend import core
 
-from locoprop_optax._graph import Equation, Graph, tap_p
+from locoprop_optax._graph import Equation, Graph, body_of, tap_p
 from locoprop_optax._transfer_detection import Finding, find_transfer
 from locoprop_optax.losses import Transfer
 
@@ -79,8 +78,9 @@ def _bodies(wrap: Equation) -> Iterator[tuple[Graph, int]]:
     elif name == "while":
         yield Graph.of(params["body_jaxpr"]), params["cond_nconsts"]
     else:
-        body = params.get("jaxpr", params.get("call_jaxpr"))
-        yield Graph.of(jax.extend.core.ClosedJaxpr(getattr(body, "jaxpr", body), ())), 0
+        body = body_of(params)
+        assert body is not None, f"{name} holds a tap in no body of its own"
+        yield Graph.of(body), 0
 
 
 def _trouble_in(wrap: Equation, sources: set[int]) -> str | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from locoprop_optax._graph import Equation, Graph, tap_p
+from locoprop_optax._graph import Equation, Graph, body_of, tap_p
 from locoprop_optax.losses import IDENTITY, Transfer
 
 _SHAPE_ONLY = {
@@ -142,8 +142,8 @@ def _is_elementwise(equation: Any) -> bool:
     name, params = equation.primitive.name, equation.params
     if name in _SHAPE_ONLY or name in _ELEMENTWISE:
         return True
-    body = params.get("jaxpr", params.get("call_jaxpr"))
-    if not isinstance(body, core.ClosedJaxpr) or name in ("scan", "while"):
+    body = body_of(params)
+    if body is None or name in ("scan", "while"):
         return False
     plain = len(body.jaxpr.outvars) == 1 and not body.jaxpr.constvars
     return plain and all(map(_is_elementwise, body.jaxpr.eqns))
@@ -152,15 +152,18 @@ def _is_elementwise(equation: Any) -> bool:
 def _evaluate(primitive: Any, params: Mapping[str, Any], operands: list[Any]) -> Any:
     """The value of an elementwise equation on the grid, in float32 throughout."""
     name = primitive.name
-    if name == "convert_element_type" and not _is_float(params["new_dtype"]):
-        return jnp.asarray(operands[0]).astype(params["new_dtype"])
+    if name == "convert_element_type":
+        dtype = params["new_dtype"]
+        return jnp.asarray(operands[0], jnp.float32 if _is_float(dtype) else dtype)
     if name in _SHAPE_ONLY:
         return operands[0]
     if name in _ELEMENTWISE:
         arrays = [jnp.asarray(o) for o in operands]
         floats = [a.astype(jnp.float32) if _is_float(a.dtype) else a for a in arrays]
         return primitive.bind(*jnp.broadcast_arrays(*floats), **params)
-    body = params.get("jaxpr", params.get("call_jaxpr")).jaxpr
+    closed = body_of(params)
+    assert closed is not None
+    body = closed.jaxpr
     values = dict(zip(body.invars, operands, strict=True))
 
     def read(atom):
@@ -190,7 +193,7 @@ def _matching_of_loss(
     aval = graph.avals[start]
     tail = _equations_after(graph, start)
     loss = graph.results[0]
-    reaches = any(loss in equation.outputs for equation in tail)
+    reaches = isinstance(loss, int) and any(loss in e.outputs for e in tail)
     final = all(equation.primitive is not tap_p for equation in tail)
     if not (reaches and final) or math.prod(aval.shape) > _LARGEST_TEST:
         return None
@@ -212,7 +215,7 @@ def _matching_of_loss(
         for equation in equations:
             results = equation.evaluate(list(map(read, equation.inputs)))
             values.update(zip(equation.outputs, results, strict=True))
-        return jnp.sum(values[loss])
+        return jnp.sum(read(loss))
 
     gradient = jax.jit(jax.grad(loss_of))
     points = [

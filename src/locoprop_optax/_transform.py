@@ -150,7 +150,7 @@ def scale_by_locoprop(
             for path, leaves in visible(layers_of(local)).items()
         }
         new_state = ScaleByLocoPropState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             target=with_layers(
                 state.target,
                 {p: {"kernel": s} for p, s in new_target_states.to_layers().items()},

@@ -1,0 +1,54 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import autoencoder, report
+from benchmarks.contestants import CONTESTANTS, warmup_then_linear
+
+
+def test_the_whole_command(tmp_path, capsys):
+    options = ["--train-size", "60", "--epochs", "2", "--batch-size", "30"]
+    autoencoder.main([*options, "--width", "0.02", "--output", str(tmp_path)])
+    results = report.read_results(tmp_path / "autoencoder_curves.jsonl")
+    assert [r["optimizer"] for r in results] == ["adam", "locoprop_m", "locoprop"]
+    start = {json.dumps({**r["curve"][0]}) for r in results}
+    assert len(start) == 1, "all start from the same weights"
+    for result in results:
+        assert [point["steps"] for point in result["curve"]] == [0, 2, 4]
+        assert np.all(np.isfinite([point["train_loss"] for point in result["curve"]]))
+        assert set(result["made"]) == {"command", "commit", "machine", "versions"}
+    assert (tmp_path / "autoencoder_curves.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "Adam" in shown
+    assert "train loss" in shown
+
+
+def test_no_path_of_a_machine_in_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--data-dir", str(tmp_path / "images")])
+    made = autoencoder.provenance()
+    assert str(tmp_path) not in json.dumps(made)
+    assert "images" in made["command"]
+
+
+def test_too_few_images():
+    with pytest.raises(ValueError, match="20 images make no batch of 1000"):
+        autoencoder.main(["--train-size", "20"])
+
+
+def test_unknown_optimizer(capsys):
+    with pytest.raises(SystemExit):
+        autoencoder.main(["--optimizers", "adamant"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 600])
+def test_schedule_warms_up_and_ends_at_zero(steps):
+    rates = [float(warmup_then_linear(1.0, steps)(k)) for k in range(steps + 1)]
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6) or steps == 1
+    assert rates[0] > 0
+
+
+def test_every_contestant_has_a_label():
+    assert all(c.label for c in CONTESTANTS.values())

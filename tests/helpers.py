@@ -1,0 +1,108 @@
+"""Models, layers and local problems that several tests use."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from hypothesis import strategies as st
+
+import locoprop_optax as loco
+from locoprop_optax._local_problem import pose
+
+TRANSFERS = sorted(loco.losses.known_transfers())
+
+
+class MLP(nn.Module):
+    """Two Dense layers with tanh between them."""
+
+    hidden: int = 5
+    out: int = 3
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.tanh(nn.Dense(self.hidden, name="first", **options)(x))
+        return nn.Dense(self.out, name="second", **options)(x)
+
+
+def regression(model=None, seed=0, batch=8, features=4):
+    """A loss function, parameters and a batch."""
+    model = MLP() if model is None else model
+    x = jax.random.normal(jax.random.key(seed), (batch, features))
+    y = jax.random.normal(jax.random.key(seed + 1), (batch, 3))
+    params = model.init(jax.random.key(seed + 2), x)["params"]
+
+    def loss_fn(params, batch):
+        inputs, targets = batch
+        outputs = model.apply({"params": params}, inputs)
+        return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1))
+
+    return loss_fn, params, (x, y)
+
+
+def train_step(loss_fn, tx):
+    """A training step with the intermediates, as the README writes it."""
+
+    def step(params, opt_state, batch):
+        loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, intermediates=intermediates
+        )
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def random_layer(seed, n, d_in, d_out, transfer="identity", bias=True):
+    """A Dense layer's parameters and intermediates with random numbers."""
+    rng = np.random.default_rng(seed)
+    x, g = rng.normal(size=(n, d_in)), rng.normal(size=(n, d_out))
+    params = {"kernel": rng.normal(size=(d_in, d_out))}
+    gradient = {"kernel": x.T @ g}
+    a = x @ params["kernel"]
+    if bias:
+        params["bias"] = rng.normal(size=d_out)
+        gradient["bias"] = g.sum(0)
+        a = a + params["bias"]
+    layer = loco.LayerIntermediates(
+        *map(jnp.asarray, (x, a, g)),
+        gradient=jax.tree.map(jnp.asarray, gradient),
+        transfer=loco.losses.as_transfer(transfer),
+    )
+    return jax.tree.map(jnp.asarray, params), layer
+
+
+def problem_of(params, layer, *, gamma=0.1, loss=None, regularizer=None):
+    """The local problem of one layer."""
+    problem, _ = pose(
+        layer,
+        params,
+        (),
+        jnp.zeros((), jnp.int32),
+        loss=loco.losses.matching_loss() if loss is None else loss,
+        target=loco.targets.gradient_descent(gamma),
+        regularizer=regularizer or loco.regularizers.none(),
+    )
+    return problem
+
+
+def solved(tx, params, layer):
+    """The update of one layer, as an Optax transformation returns it."""
+    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+    grads = {"layer": dict(layer.gradient)}
+    updates, _ = tx.update(grads, tx.init(tree), tree, intermediates=intermediates)
+    return updates["layer"]
+
+
+layers = st.builds(
+    dict,
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 9),
+    d_in=st.integers(1, 6),
+    d_out=st.integers(1, 5),
+    transfer=st.sampled_from(TRANSFERS),
+    bias=st.booleans(),
+)
