@@ -173,9 +173,10 @@ def _record(run: Run, epoch: int, evaluate: Any, train: Any, test: Any) -> None:
     )
 
 
-def results_of(runs: Sequence[Run], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def results_of(
+    runs: Sequence[Run], settings: dict[str, Any], made: dict[str, Any]
+) -> list[dict[str, Any]]:
     """One dictionary a run with every figure and how it was made."""
-    made = provenance()
     return [
         {
             "optimizer": run.name,
@@ -218,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, writes the results, and shows a table and a picture of them."""
     options = parser().parse_args(arguments)
+    made = provenance()
     images = datasets.load(options.data, options.data_dir, options.train_size)
     model = Autoencoder(tuple(round(w * options.width) for w in HIDDEN))
     settings = {
@@ -237,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    results = results_of(runs, settings)
+    results = results_of(runs, settings, made)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"autoencoder_{options.data}"
     lines = "".join(json.dumps(result) + "\n" for result in results)

@@ -1,7 +1,7 @@
 """Tables and pictures, made from results alone.
 
-`python -m benchmarks.report FILE.jsonl` shows the table and redraws the picture of an
-autoencoder benchmark.
+`python -m benchmarks.report FILE.jsonl` shows the table, also in Markdown, and redraws
+the picture of an autoencoder benchmark.
 """
 
 import argparse
@@ -23,35 +23,57 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def print_table(results: Sequence[dict[str, Any]]) -> None:
-    """Prints losses, steps and times; times also relative to Adam's, if it ran."""
+COLUMNS = ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam")
+
+
+def title(results: Sequence[dict[str, Any]]) -> str:
+    """What was trained on what."""
     settings = results[0]["settings"]
-    table = Table(
-        title=f"Deep autoencoder on {settings['data']}, {settings['train_images']} "
-        f"images, batch {settings['batch_size']}, {settings['epochs']} epochs"
+    return (
+        f"{settings['data']}, {settings['train_images']} images, "
+        f"batch {settings['batch_size']}, {settings['epochs']} epochs"
     )
-    table.add_column("optimizer")
-    for column in ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam"):
-        table.add_column(column, justify="right")
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Each optimizer's label and `COLUMNS`; times also relative to Adam's."""
     step_seconds = {r["optimizer"]: r["median_step_seconds"] for r in results}
     adam = step_seconds.get("adam")
+    table = []
     for result in results:
         last, step = result["curve"][-1], step_seconds[result["optimizer"]]
-        table.add_row(
-            CONTESTANTS[result["optimizer"]].label,
-            f"{last['train_loss']:.2f}",
-            f"{last['test_loss']:.2f}",
-            str(last["steps"]),
-            f"{last['seconds']:.1f}",
-            f"{step:.3f}",
-            f"{step / adam:.2f}" if adam else "–",
+        table.append(
+            (
+                CONTESTANTS[result["optimizer"]].label,
+                f"{last['train_loss']:.2f}",
+                f"{last['test_loss']:.2f}",
+                str(last["steps"]),
+                f"{last['seconds']:.1f}",
+                f"{step:.3f}",
+                f"{step / adam:.2f}" if adam else "–",
+            )
         )
+    return table
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Shows the results in the terminal."""
+    table = Table("optimizer", title=f"Deep autoencoder on {title(results)}")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in rows(results):
+        table.add_row(*row)
     Console().print(table)
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The same table as the README shows it."""
+    lines = [(title(results), *COLUMNS), ("---", *["---:"] * len(COLUMNS))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows(results)])
 
 
 def plot_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the loss against epochs and against seconds, side by side."""
-    settings = results[0]["settings"]
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -69,10 +91,9 @@ def plot_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
             axes.grid(alpha=0.3, which="both")
         left.set_ylabel("loss (solid: training, dotted: test)")
         left.legend(frameon=False)
-        title = (
-            f"Deep autoencoder on {settings['data']}, batch {settings['batch_size']}"
-        )
-        figure.suptitle(f"{title}, {results[0]['made']['machine']['processor']}")
+        machine = results[0]["made"]["machine"]
+        where = f"{machine['cores']} cores of an {machine['processor']}"
+        figure.suptitle(f"Deep autoencoder: {title(results)}; {where}", fontsize=10)
         figure.savefig(path, dpi=150)
 
 
@@ -83,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = parser.parse_args(arguments).results
     results = read_results(path)
     print_table(results)
+    print(markdown(results))
     plot_curves(results, path.with_suffix(".png"))
 
 

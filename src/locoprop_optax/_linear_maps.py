@@ -1,11 +1,22 @@
-"""How a layer's pre-activation depends on its parameters: always linearly.
+r"""How a layer's pre-activation depends on its parameters: always linearly.
 
-A linear map is all that a local problem knows about the kind of its layer.
+A linear map is all that a local problem knows about the kind of its layer. Seen as
+matrices, a layer is a product of its design matrix with its kernel, once for each of
+its groups (one, but for grouped convolutions and batched products):
+
+.. math::
+  a_g = X_g W_g + 1 b_g^\top, \qquad
+  X_g: n \times d,\quad W_g: d \times o
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,25 +30,170 @@ class LinearMap(Protocol):
         """The pre-activation that the parameters give."""
         ...
 
-    def design(self, inputs: Array) -> Float[Array, "n d_in"]:
-        """The matrix whose product with the kernel, as a matrix, gives each row."""
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """The matrices X; `params` gives the parameters' shapes."""
+        ...
+
+    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
+        """The matrices W, the bias as their last row if there is one."""
+        ...
+
+    def from_matrix(
+        self, matrix: Float[Array, "g rows o"], like: LayerParams
+    ) -> LayerParams:
+        """The inverse of `to_matrix`, in the shapes of `like`."""
         ...
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A product with the kernel over the last axis, plus a bias if there is one."""
+class Product:
+    """A product of inputs and kernel that `einsum` can write, plus a bias.
 
-    def __call__(
-        self, params: LayerParams, inputs: Float[Array, "*n d_in"]
-    ) -> Float[Array, "*n d_out"]:
-        """Computes :math:`xW + b`; a parameter that is not given counts as zero."""
-        preactivations = inputs @ params["kernel"]
-        return preactivations + params["bias"] if "bias" in params else preactivations
+    Attributes:
+      spec: the product, such as `"...i,io->...o"`. The bias has the kernel's axes that
+        the output has.
+    """
 
-    def design(self, inputs: Float[Array, "*n d_in"]) -> Float[Array, "n d_in"]:
-        """The inputs, all their leading axes made one."""
-        return jnp.reshape(inputs, (-1, inputs.shape[-1]))
+    spec: str
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """Computes the product and adds the bias; what is not given counts as zero."""
+        preactivations = jnp.einsum(self.spec, inputs, params["kernel"])
+        if "bias" not in params:
+            return preactivations
+        output = self.spec.split("->")[1].replace("...", "")
+        ordered = sorted(self._bias_axes, key=output.index)
+        bias = jnp.einsum(
+            f"{self._bias_axes}->{''.join(ordered)}", jnp.asarray(params["bias"])
+        )
+        sizes = dict(zip(ordered, bias.shape, strict=True))
+        return preactivations + bias.reshape([sizes.get(axis, 1) for axis in output])
+
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """The inputs, their axes sorted into groups, rows and what is summed."""
+        del params
+        groups, summed, _ = self._kernel_axes
+        axes = self.spec.split(",")[0]
+        rows = "".join(axis for axis in axes if axis not in groups + summed)
+        x = jnp.einsum(f"{axes}->{groups}{rows}{summed}", inputs)
+        size = math.prod(x.shape[: len(groups)])
+        return x.reshape(size, -1, math.prod(x.shape[x.ndim - len(summed) :]))
+
+    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
+        """The kernel's axes sorted into groups, what is summed, and outputs."""
+        groups, summed, outputs = self._kernel_axes
+        kernel = params["kernel"]
+        k = jnp.einsum(f"{self._axes}->{groups}{summed}{outputs}", kernel)
+        split = len(groups), len(groups) + len(summed)
+        shape = (k.shape[: split[0]], k.shape[split[0] : split[1]], k.shape[split[1] :])
+        matrix = k.reshape([math.prod(part) for part in shape])
+        if "bias" not in params:
+            return matrix
+        bias = jnp.einsum(f"{self._bias_axes}->{groups}{outputs}", params["bias"])
+        row = bias.reshape(matrix.shape[0], 1, matrix.shape[2])
+        return jnp.concatenate([matrix, row], axis=1)
+
+    def from_matrix(
+        self, matrix: Float[Array, "g rows o"], like: LayerParams
+    ) -> LayerParams:
+        """Puts the axes back to where they were."""
+        groups, summed, outputs = self._kernel_axes
+        sizes = dict(zip(self._axes, like["kernel"].shape, strict=True))
+
+        def restore(part, axes, to):
+            return jnp.einsum(f"{axes}->{to}", part.reshape([sizes[a] for a in axes]))
+
+        rows = math.prod(sizes[axis] for axis in summed)
+        kernel = restore(matrix[:, :rows], groups + summed + outputs, self._axes)
+        if "bias" not in like:
+            return {"kernel": kernel}
+        bias = restore(matrix[:, rows], groups + outputs, self._bias_axes)
+        return {"kernel": kernel, "bias": bias}
+
+    @property
+    def _axes(self) -> str:
+        return self.spec.split("->")[0].split(",")[1]
+
+    @property
+    def _bias_axes(self) -> str:
+        output = self.spec.split("->")[1]
+        return "".join(axis for axis in self._axes if axis in output)
+
+    @property
+    def _kernel_axes(self) -> tuple[str, str, str]:
+        """The kernel's axes that are groups, that are summed, and that are outputs."""
+        sides, output = self.spec.split("->")
+        inputs = sides.split(",")[0]
+        groups = "".join(a for a in self._axes if a in inputs and a in output)
+        summed = "".join(a for a in self._axes if a in inputs and a not in output)
+        return groups, summed, "".join(a for a in self._axes if a not in inputs)
 
 
-DENSE = Dense()
+DENSE = Product("...i,io->...o")
+
+
+@dataclass(frozen=True)
+class Channelwise:
+    """A layer that does the same with the inputs for each of its output channels.
+
+    Convolutions are such layers. The layer's own forward function is all there is; its
+    design matrix is what it makes of kernels that pick one entry each, as many at a
+    time as it has channels.
+
+    Attributes:
+      forward: from (params, inputs) to pre-activations with channels on the last axis;
+        linear in params.
+      groups: how many groups of channels see inputs of their own.
+      channel_axis: the kernel's axis that counts output channels, from the end.
+    """
+
+    forward: Callable[[LayerParams, Array], Array]
+    groups: int = 1
+    channel_axis: int = -1
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """The layer's own forward function."""
+        return self.forward(params, inputs)
+
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """What the layer makes of kernels that pick one entry each."""
+        shape = jnp.moveaxis(params["kernel"], self.channel_axis, -1).shape
+        rows, channels = math.prod(shape[:-1]), shape[-1] // self.groups
+        passes = -(-rows // channels)
+        picks = jnp.eye(rows, passes * channels, dtype=inputs.dtype)
+        picks = jnp.tile(picks.reshape(rows, passes, 1, channels), (self.groups, 1))
+        picks = jnp.moveaxis(picks, 1, 0).reshape(passes, *shape)
+        picks = jnp.moveaxis(picks, -1, self.channel_axis)
+        others = {
+            name: jnp.zeros_like(p, dtype=inputs.dtype)
+            for name, p in params.items()
+            if name != "kernel"
+        }
+
+        def picked(kernel):
+            outputs = self.forward({**others, "kernel": kernel}, inputs)
+            return outputs.reshape(-1, self.groups, channels)
+
+        entries = jnp.moveaxis(jax.vmap(picked)(picks), 0, 2)
+        return jnp.moveaxis(entries.reshape(*entries.shape[:2], -1), 1, 0)[..., :rows]
+
+    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
+        """The kernel with all axes but the channels' made one, by group."""
+        kernel = jnp.moveaxis(params["kernel"], self.channel_axis, -1)
+        parts = [kernel.reshape(-1, self.groups, kernel.shape[-1] // self.groups)]
+        if "bias" in params:
+            parts.append(params["bias"].reshape(1, self.groups, -1))
+        return jnp.moveaxis(jnp.concatenate(parts), 1, 0)
+
+    def from_matrix(
+        self, matrix: Float[Array, "g rows o"], like: LayerParams
+    ) -> LayerParams:
+        """Puts the axes back to where they were."""
+        shape = jnp.moveaxis(like["kernel"], self.channel_axis, -1).shape
+        entries = jnp.moveaxis(matrix, 0, 1)
+        kernel = entries[: math.prod(shape[:-1])].reshape(shape)
+        kernel = jnp.moveaxis(kernel, -1, self.channel_axis)
+        bias = (
+            {"bias": entries[-1].reshape(like["bias"].shape)} if "bias" in like else {}
+        )
+        return {"kernel": kernel, **bias}

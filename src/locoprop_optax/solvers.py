@@ -183,14 +183,16 @@ def _solve_layer(problem: LocalProblem, num_steps: int, damping: Any) -> LayerPa
             "has none. Use solvers.first_order, or a Transfer with derivative_bound."
         )
     gram = _gram(problem)
-    size = gram.shape[0]
-    strength = damping * bound * jnp.trace(gram) / size
+    size = gram.shape[-1]
+    mean_eigenvalue = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / size
+    strength = damping * bound * mean_eigenvalue
     hessian = bound * gram + (strength + penalty) * jnp.eye(size, dtype=gram.dtype)
-    newton = inverse(hessian)
+    newton = jax.vmap(inverse)(hessian)
+    to_matrix = problem.linear_map.to_matrix
 
     def advance(step, gradient):
-        damped = {name: gradient[name] + strength * step[name] for name in step}
-        change = _to_params(newton @ _to_matrix(damped), step)
+        damped = to_matrix(gradient) + strength * to_matrix(step)
+        change = problem.linear_map.from_matrix(newton @ damped, like=step)
         return {name: step[name] - change[name] for name in step}
 
     def later_step(step, _):
@@ -201,29 +203,15 @@ def _solve_layer(problem: LocalProblem, num_steps: int, damping: Any) -> LayerPa
     return step
 
 
-def _gram(problem: LocalProblem) -> Float[Array, "d d"]:
-    """The Gram matrix of the inputs, with a column of ones if there is a bias."""
-    design = at_least_float32(problem.linear_map.design(problem.inputs))
-    gram = design.T @ design
+def _gram(problem: LocalProblem) -> Float[Array, "g rows rows"]:
+    """The Gram matrices of the design, with a column of ones if there is a bias."""
+    x = at_least_float32(problem.linear_map.design(problem.params, problem.inputs))
+    gram = jnp.einsum("gni,gnj->gij", x, x)
     if "bias" not in problem.params:
         return gram
-    sums = jnp.sum(design, axis=0)[:, None]
-    ones = jnp.full((1, 1), design.shape[0], gram.dtype)
-    return jnp.block([[gram, sums], [sums.T, ones]])
-
-
-def _to_matrix(params: LayerParams) -> Float[Array, "d d_out"]:
-    """The kernel as a matrix, the bias its last row."""
-    bias = [jnp.ravel(params["bias"])] if "bias" in params else []
-    width = params["kernel"].shape[-1]
-    return jnp.vstack([jnp.reshape(params["kernel"], (-1, width)), *bias])
-
-
-def _to_params(matrix: Float[Array, "d d_out"], like: LayerParams) -> LayerParams:
-    """The inverse of `_to_matrix`."""
-    bias = {"bias": matrix[-1].reshape(like["bias"].shape)} if "bias" in like else {}
-    kernel = matrix[: len(matrix) - len(bias)].reshape(like["kernel"].shape)
-    return {"kernel": kernel, **bias}
+    sums = jnp.sum(x, axis=1)[..., None]
+    ones = jnp.full((x.shape[0], 1, 1), x.shape[1], gram.dtype)
+    return jnp.block([[gram, sums], [jnp.swapaxes(sums, 1, 2), ones]])
 
 
 def _add(tree: Any, other: Any) -> Any:
