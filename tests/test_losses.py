@@ -11,6 +11,13 @@ from tests.helpers import TRANSFERS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+
+def having(part):
+    """The names of the transfer functions of which a part is known."""
+    known = loco.losses.known_transfers()
+    return [name for name in TRANSFERS if getattr(known[name], part) is not None]
+
+
 rows = hnp.arrays(
     np.float64,
     st.tuples(st.integers(1, 4), st.integers(1, 5)),
@@ -18,15 +25,20 @@ rows = hnp.arrays(
 )
 
 
-@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("name", having("potential"))
 @given(a=rows)
 def test_potential_has_the_transfer_as_its_gradient(name, a):
-    transfer = loco.losses.as_transfer(name)
-    gradient = jax.grad(lambda a: jnp.sum(transfer.potential(a)))(jnp.asarray(a))
-    np.testing.assert_allclose(gradient, transfer.function(a), rtol=1e-9, atol=1e-12)
+    transfer, h = loco.losses.as_transfer(name), 1e-4
+    for at in np.ndindex(a.shape):
+        ahead, behind = a.copy(), a.copy()
+        ahead[at] += h
+        behind[at] -= h
+        rise = jnp.sum(transfer.potential(ahead)) - jnp.sum(transfer.potential(behind))
+        expected = transfer.function(a)[at]
+        np.testing.assert_allclose(rise / (2 * h), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("name", having("conjugate"))
 @given(a=rows, seed=st.integers(0, 99))
 def test_matching_loss_is_a_divergence(name, a, seed):
     transfer = loco.losses.as_transfer(name)
@@ -38,7 +50,7 @@ def test_matching_loss_is_a_divergence(name, a, seed):
     np.testing.assert_allclose(gradient, loss.gradient(a, loss.output(b)), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("name", having("derivative_bound"))
 @given(a=rows)
 def test_derivative_bound(name, a):
     transfer = loco.losses.as_transfer(name)
@@ -72,5 +84,5 @@ def test_callable_has_a_gradient_but_no_value():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'tahn'.*identity, .*relu.*tanh"):
+    with pytest.raises(ValueError, match=r"'tahn'.*.*identity, .*relu.*tanh"):
         loco.losses.matching_loss("tahn")

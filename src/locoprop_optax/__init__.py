@@ -1,6 +1,7 @@
 """LocoProp: train a network by solving one small local problem per layer."""
 
-from locoprop_optax import linen, losses, regularizers, solvers, targets
+from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
+from locoprop_optax._check import check_intermediates
 from locoprop_optax._intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
 from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
@@ -11,11 +12,13 @@ __all__ = [
     "Intermediates",
     "LayerIntermediates",
     "ScaleByLocoPropState",
+    "check_intermediates",
     "linen",
     "locoprop",
     "locoprop_m",
     "locoprop_s",
     "losses",
+    "nnx",
     "regularizers",
     "scale_by_locoprop",
     "solvers",

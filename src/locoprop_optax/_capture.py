@@ -15,12 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from locoprop_optax._graph import tap
 from locoprop_optax._intermediates import LayerIntermediates
-from locoprop_optax._layers import PathPattern, layers_of, matches
-from locoprop_optax._linear_maps import LinearMap
+from locoprop_optax._layers import (
+    PathPattern,
+    anchor,
+    layers_of,
+    matches,
+    split_key_path,
+)
+from locoprop_optax._linear_maps import DENSE, LinearMap
 from locoprop_optax._survey import Sighting, survey
 from locoprop_optax._transfer_detection import Finding
-from locoprop_optax.losses import (
+from locoprop_optax._transfers import (
     IDENTITY,
     Elementwise,
     Transfer,
@@ -60,63 +67,65 @@ probed.defvjp(_probed_forward, _probed_backward)
 
 
 class Call(NamedTuple):
-    """One call of a layer while the loss was traced.
+    """One call of a layer while the loss was traced, as the layer sees it.
 
     Attributes:
-      number: which of the layer's calls it is, as counted while tracing.
       kind: the name of the layer's class.
       linear_map: how its pre-activation depends on its parameters.
-      kernel_shape: the shape of its kernel, as the layer sees it.
-      inputs: shape and dtype of its input, as the layer sees it.
-      preactivations: shape and dtype of its output, as the layer sees it.
+      kernel_shape: the shape of its kernel.
+      inputs: shape and dtype of its input.
+      preactivations: shape and dtype of its output.
     """
 
-    number: int
     kind: str
     linear_map: LinearMap
     kernel_shape: tuple[int, ...]
     inputs: jax.ShapeDtypeStruct
     preactivations: jax.ShapeDtypeStruct
 
-    @classmethod
-    def of(
-        cls,
-        layer: str,
-        number: int,
-        kind: str,
-        linear_map: LinearMap,
-        kernel: jax.Array,
-        inputs: jax.Array,
-        preactivations: jax.Array,
-    ) -> Call:
-        """Notes a call, of arrays that may be abstract.
 
-        Raises:
-          ValueError: if the inputs are not floating-point numbers.
-        """
-        dtype = jnp.result_type(inputs)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"Layer {layer!r}: its inputs have dtype {dtype}, expected a "
-                "floating-point dtype. Cast them before the model."
-            )
-        shapes = (
-            jax.ShapeDtypeStruct(jnp.shape(array), jnp.result_type(array))
-            for array in (inputs, preactivations)
+def tapped(
+    kind: str,
+    linear_map: LinearMap,
+    *,
+    layer: str,
+    number: int,
+    probe: jax.Array,
+    kernel: jax.Array,
+    inputs: jax.Array,
+    preactivations: jax.Array,
+) -> jax.Array:
+    """Taps a layer's pre-activation, with a note of its call.
+
+    Raises:
+      ValueError: if the inputs are not floating-point numbers.
+    """
+    dtype = jnp.result_type(inputs)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"Layer {layer!r}: its inputs have dtype {dtype}, expected a "
+            "floating-point dtype. Cast them before the model."
         )
-        return cls(number, kind, linear_map, kernel.shape, *shapes)
+    note = Call(
+        kind,
+        linear_map,
+        jnp.shape(kernel),
+        jax.ShapeDtypeStruct(jnp.shape(inputs), dtype),
+        jax.ShapeDtypeStruct(preactivations.shape, preactivations.dtype),
+    )
+    return tap(probe, kernel, preactivations, layer=layer, number=number, note=note)
 
 
 class Capture(NamedTuple):
     """How one layer is captured.
 
     Attributes:
-      calls: its calls, in order.
+      calls: its calls by number, in order.
       stack: the leading axes of its kernel that count layers of a stack.
       finding: its transfer function.
     """
 
-    calls: tuple[Call, ...]
+    calls: dict[int, Call]
     stack: tuple[int, ...]
     finding: Finding
 
@@ -127,19 +136,19 @@ class Capture(NamedTuple):
             return jnp.zeros(self.stack + like.shape, like.dtype)
 
         return {
-            str(call.number): Record(
+            str(number): Record(
                 inputs=zeros(call.inputs),
                 preactivations=zeros(call.preactivations),
                 cotangents=zeros(call.preactivations),
             )
-            for call in self.calls
+            for number, call in self.calls.items()
         }
 
     def collect(
         self, records: Mapping[str, Record], gradient: Mapping[str, jax.Array]
     ) -> LayerIntermediates:
         """The layer's intermediates, several calls joined along their examples."""
-        first, *more = (records[str(call.number)] for call in self.calls)
+        first, *more = (records[str(number)] for number in self.calls)
         record = jax.tree.map(self._join, first, *more) if more else first
         return LayerIntermediates(
             inputs=record.inputs,
@@ -147,13 +156,14 @@ class Capture(NamedTuple):
             cotangents=record.cotangents,
             gradient=gradient,
             transfer=self.finding.transfer,
-            linear_map=self.calls[0].linear_map,
+            linear_map=next(iter(self.calls.values())).linear_map,
             stack_dims=len(self.stack),
         )
 
     def _join(self, *arrays: jax.Array) -> jax.Array:
-        rows = [a.reshape(*self.stack, -1, a.shape[-1]) for a in arrays]
-        return jnp.concatenate(rows, axis=len(self.stack))
+        if len({a.shape for a in arrays}) > 1:
+            arrays = tuple(a.reshape(*self.stack, -1, a.shape[-1]) for a in arrays)
+        return jnp.concatenate(arrays, axis=len(self.stack))
 
 
 def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:
@@ -161,47 +171,44 @@ def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:
     return {path: as_transfer(t) for path, t in (transfers or {}).items()}
 
 
-def kernels_of(params: Any) -> dict[str, jax.Array]:
-    """The kernel of each layer that owns one."""
-    layers = layers_of(params).items()
-    return {path: leaves["kernel"] for path, leaves in layers if "kernel" in leaves}
+def anchors_of(params: Any) -> dict[str, jax.Array]:
+    """A parameter of each layer whose leading axes tell how the layer is stacked."""
+    return {path: leaves[anchor(leaves)] for path, leaves in layers_of(params).items()}
 
 
 def plan(
-    closed: core.ClosedJaxpr,
-    calls: Mapping[tuple[str, int], Call],
-    kernels: Mapping[str, jax.Array],
-    transfers: Mapping[str, Transfer],
+    closed: core.ClosedJaxpr, params: Any, transfers: Mapping[str, Transfer]
 ) -> dict[str, Capture]:
     """Decides how each layer is captured.
 
     Args:
-      closed: the trace of the loss, with a tap at each call.
-      calls: all calls by layer and number, as noted while tracing.
-      kernels: the kernels of the layers to capture.
+      closed: the trace of the loss, with a tap at each call; its first arguments are
+        the parameters.
+      params: the parameters.
       transfers: transfer functions by layer path or glob, which override what the
         trace shows.
 
     Raises:
       ValueError: if a pattern fits no layer, or a layer's records would not be whole.
     """
-    for pattern in transfers:
-        if not any(matches(pattern, path) for path in kernels):
-            raise ValueError(
-                f"transfers={{{pattern!r}: ...}} fits no layer. Layers that own a "
-                f"kernel: {', '.join(map(repr, kernels))}."
-            )
+    layers = layers_of(params)
+    names = [split_key_path(k) for k, _ in jax.tree.leaves_with_path(params)]
+    kernels = {at: path for at, (path, name) in enumerate(names) if name == "kernel"}
     sightings: dict[str, list[Sighting]] = {}
-    for sighting in survey(closed, list(known_transfers().values())):
+    for sighting in survey(closed, kernels, list(known_transfers().values())):
         sightings.setdefault(sighting.layer, []).append(sighting)
-    return {
-        path: Capture(
-            calls=(made := tuple(calls[path, s.call] for s in _whole(path, seen))),
-            stack=_stack(path, made, kernels[path]),
-            finding=_finding(path, seen, transfers),
-        )
-        for path, seen in sightings.items()
-    }
+    for pattern in transfers:
+        if not any(matches(pattern, path) for path in sightings):
+            raise ValueError(
+                f"transfers={{{pattern!r}: ...}} fits no captured layer. Captured: "
+                f"{', '.join(map(repr, sightings)) or 'none'}."
+            )
+    captures = {}
+    for path, seen in sightings.items():
+        calls = {s.number: s.note for s in _whole(path, seen)}
+        stack = _stack(path, calls, layers[path]["kernel"].shape)
+        captures[path] = Capture(calls, stack, _finding(path, seen, transfers))
+    return captures
 
 
 def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:
@@ -212,17 +219,27 @@ def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:
                 f"Layer {path!r} cannot be captured: {sighting.trouble}. Name it in "
                 "`exclude=`, here and in the optimizer, to leave it to the fallback."
             )
-    return sorted(sightings, key=lambda s: s.call)
-
-
-def _stack(path: str, calls: Sequence[Call], kernel: jax.Array) -> tuple[int, ...]:
-    inner = calls[0].kernel_shape
-    stack = kernel.shape[: kernel.ndim - len(inner)]
-    if stack + inner != kernel.shape:
+    ordered = sorted(sightings, key=lambda s: s.number)
+    shapes = {s.note.inputs.shape for s in ordered}
+    if len(shapes) > 1 and any(s.note.linear_map != DENSE for s in ordered):
         raise ValueError(
-            f"Layer {path!r} cannot be captured: its kernel of shape {kernel.shape} is "
-            f"used in slices of shape {inner}, which are not stacked along its first "
-            "axes. Stack them there, or name the layer in `exclude=`."
+            f"Layer {path!r} cannot be captured: it is called with inputs of shapes "
+            f"{' and '.join(map(str, sorted(shapes)))}. Name it in `exclude=`, here "
+            "and in the optimizer, to leave it to the fallback."
+        )
+    return ordered
+
+
+def _stack(
+    path: str, calls: Mapping[int, Call], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    inner = next(iter(calls.values())).kernel_shape
+    stack = shape[: len(shape) - len(inner)]
+    if stack + inner != shape:
+        raise ValueError(
+            f"Layer {path!r} cannot be captured: its kernel of shape {shape} is used "
+            f"in slices of shape {inner}, which are not stacked along its first axes. "
+            "Stack them there, or name the layer in `exclude=`."
         )
     return stack
 
@@ -245,18 +262,21 @@ def table(
 ) -> str:
     """All layers that own a kernel, and how each is captured."""
     rows = [("layer", "kind", "inputs", "preactivations", "transfer", "why")]
-    for path in kernels_of(params):
-        if path not in captures:
-            why = "excluded" if matches(exclude, path) else "not captured"
+    for path, leaves in layers_of(params).items():
+        if path in captures:
+            transfer, reason = captures[path].finding
+            for call in captures[path].calls.values():
+                shapes = (str(call.inputs.shape), str(call.preactivations.shape))
+                rows.append((path, call.kind, *shapes, transfer.name, reason))
+        elif "kernel" in leaves:
+            why = "excluded" if matches(exclude, path) else NOT_CAPTURED
             rows.append((path, "", "", "", "", why))
-            continue
-        transfer, reason = captures[path].finding
-        for call in captures[path].calls:
-            shapes = (str(call.inputs.shape), str(call.preactivations.shape))
-            rows.append((path, call.kind, *shapes, transfer.name, reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+NOT_CAPTURED = "not captured: not called, or of an unknown kind; name it in exclude="

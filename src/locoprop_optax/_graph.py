@@ -15,22 +15,31 @@ from jax.extend import core
 from jax.interpreters import ad, batching
 
 tap_p = core.Primitive("locoprop_tap")
-tap_p.def_abstract_eval(lambda probe, preactivations, **_: preactivations)
+tap_p.def_abstract_eval(lambda probe, kernel, preactivations, **_: preactivations)
 
 
-def tap(probe: jax.Array, preactivations: jax.Array, *, layer: str, call: int):
-    """Marks a layer's pre-activation in a trace."""
-    return tap_p.bind(probe, preactivations, layer=layer, call=call, broadcast=False)
+def tap(
+    probe: jax.Array,
+    kernel: jax.Array,
+    preactivations: jax.Array,
+    *,
+    layer: str,
+    number: int,
+    note: Any,
+) -> jax.Array:
+    """Marks a layer's pre-activation in a trace; `note` is hashable and kept there."""
+    operands = (probe, kernel, preactivations)
+    return tap_p.bind(*operands, layer=layer, number=number, note=note, broadcast=False)
 
 
 def _batch_tap(operands, dims, *, broadcast, **params):
-    probe_dim, dim = dims
+    probe_dim, _, dim = dims
     broadcast = broadcast or (dim is not None and probe_dim is None)
     return tap_p.bind(*operands, broadcast=broadcast, **params), dim
 
 
 def _differentiate_tap(primals, tangents, **params):
-    return tap_p.bind(*primals, **params), tangents[1]
+    return tap_p.bind(*primals, **params), tangents[2]
 
 
 batching.primitive_batchers[tap_p] = _batch_tap
@@ -111,7 +120,7 @@ class Graph:
         numbers: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = number = self._number(var)
-            if not isinstance(value, Tracer):
+            if value is not None and not isinstance(value, Tracer):
                 self.constants[number] = value
 
         def read(atom) -> Atom:
@@ -140,6 +149,15 @@ class Graph:
                 consumers.setdefault(number, []).append(equation)
         return consumers
 
+    def origin(self, atom: Atom) -> int | None:
+        """The position of the input that an operand is, but for its form; or None."""
+        makers = {o: e for e in self.equations for o in e.outputs}
+        while isinstance(atom, int) and atom in makers:
+            if makers[atom].primitive.name not in _FORM_ONLY:
+                return None
+            atom = makers[atom].inputs[0]
+        return self.inputs.index(atom) if atom in self.inputs else None
+
     def sources(self, atom: Atom) -> set[int]:
         """The positions of the inputs that an operand is computed from."""
         reached = {atom}
@@ -149,6 +167,16 @@ class Graph:
         return {at for at, number in enumerate(self.inputs) if number in reached}
 
 
+_FORM_ONLY = {
+    "convert_element_type",
+    "copy",
+    "expand_dims",
+    "optimization_barrier",
+    "reshape",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+}
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
@@ -165,6 +193,17 @@ def _sub_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item
+
+
+def bodies_of(wrap: Equation) -> Iterator[tuple[Graph, int]]:
+    """The functions an equation runs, and where their arguments start."""
+    if wrap.primitive.name == "cond":
+        yield from ((Graph.of(branch), 1) for branch in wrap.params["branches"])
+    elif wrap.primitive.name == "while":
+        yield Graph.of(wrap.params["body_jaxpr"]), wrap.params["cond_nconsts"]
+    else:
+        for body in _sub_jaxprs(wrap.params):
+            yield Graph.of(core.ClosedJaxpr(body, [None] * len(body.constvars))), 0
 
 
 def holds_tap(jaxpr: core.Jaxpr) -> bool:

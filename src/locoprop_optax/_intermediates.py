@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from locoprop_optax._linear_maps import DENSE, LinearMap
-from locoprop_optax.losses import IDENTITY, Transfer
+from locoprop_optax._transfers import IDENTITY, Transfer
 
 
 @jax.tree_util.register_dataclass

@@ -27,6 +27,8 @@ def matches(pattern: PathPattern | None, path: str) -> bool:
 
 def split_key_path(key_path: Sequence[Any]) -> tuple[str, str]:
     """Splits the key path of a parameter into its layer's path and its own name."""
+    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]  # the box around the parameter
     keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
     return "/".join(keys[:-1]), "".join(keys[-1:])
 
@@ -83,6 +85,13 @@ def layers_of(tree: Any, like: Any = None) -> dict[str, dict[str, Any]]:
         path, name = split_key_path(key_path)
         layers.setdefault(path, {})[name] = held
     return layers
+
+
+def anchor(leaves: Mapping[str, Any]) -> str:
+    """The parameter that stands for a layer: its kernel, or else its largest."""
+    if "kernel" in leaves:
+        return "kernel"
+    return max(sorted(leaves), key=lambda name: getattr(leaves[name], "ndim", 0))
 
 
 def visible(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ its groups (one, but for grouped convolutions and batched products):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Protocol
 
 import jax
@@ -50,8 +51,8 @@ class Product:
     """A product of inputs and kernel that `einsum` can write, plus a bias.
 
     Attributes:
-      spec: the product, such as `"...i,io->...o"`. The bias has the kernel's axes that
-        the output has.
+      spec: the product, such as `"...i,io->...o"`. The bias has the output's axes
+        that the kernel has, in the output's order.
     """
 
     spec: str
@@ -62,12 +63,9 @@ class Product:
         if "bias" not in params:
             return preactivations
         output = self.spec.split("->")[1].replace("...", "")
-        ordered = sorted(self._bias_axes, key=output.index)
-        bias = jnp.einsum(
-            f"{self._bias_axes}->{''.join(ordered)}", jnp.asarray(params["bias"])
-        )
-        sizes = dict(zip(ordered, bias.shape, strict=True))
-        return preactivations + bias.reshape([sizes.get(axis, 1) for axis in output])
+        sizes = dict(zip(self._bias_axes, params["bias"].shape, strict=True))
+        shape = [sizes.get(axis, 1) for axis in output]
+        return preactivations + params["bias"].reshape(shape)
 
     def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
         """The inputs, their axes sorted into groups, rows and what is summed."""
@@ -117,7 +115,7 @@ class Product:
     @property
     def _bias_axes(self) -> str:
         output = self.spec.split("->")[1]
-        return "".join(axis for axis in self._axes if axis in output)
+        return "".join(axis for axis in output if axis in self._axes)
 
     @property
     def _kernel_axes(self) -> tuple[str, str, str]:
@@ -130,6 +128,31 @@ class Product:
 
 
 DENSE = Product("...i,io->...o")
+
+
+def dense_general(
+    ndim: int,
+    groups: int | Sequence[int],
+    summed: int | Sequence[int],
+    features: int,
+) -> Product:
+    """The product over some axes of an input with `ndim` axes.
+
+    Args:
+      ndim: the number of the input's axes.
+      groups: the axes that the kernel and the output have, too.
+      summed: the axes that are summed over.
+      features: how many axes the output gets from the kernel.
+    """
+
+    def letters(axes):
+        axes = (axes,) if isinstance(axes, int) else axes
+        return "".join(inputs[axis % ndim] for axis in axes)
+
+    inputs, new = ascii_letters[:ndim], ascii_letters[ndim : ndim + features]
+    batch, contracted = letters(groups), letters(summed)
+    free = "".join(axis for axis in inputs if axis not in batch + contracted)
+    return Product(f"{inputs},{batch}{contracted}{new}->{batch}{free}{new}")
 
 
 @dataclass(frozen=True)
@@ -197,3 +220,27 @@ class Channelwise:
             {"bias": entries[-1].reshape(like["bias"].shape)} if "bias" in like else {}
         )
         return {"kernel": kernel, **bias}
+
+
+def check_channelwise(
+    linear_map: Channelwise, kind: str, params: LayerParams, inputs: Array
+) -> None:
+    """Raises a `ValueError` unless random numbers show a map to be what it claims."""
+    with jax.ensure_compile_time_eval():
+        keys = iter(jax.random.split(jax.random.key(0), len(params) + 1))
+        x = jax.random.normal(next(keys), jnp.shape(inputs))
+        drawn = {n: jax.random.normal(next(keys), p.shape) for n, p in params.items()}
+        found = linear_map(drawn, x)
+        design, matrix = linear_map.design(drawn, x), linear_map.to_matrix(drawn)
+        rows = design.shape[-1]
+        expected = design @ matrix[:, :rows]
+        if "bias" in drawn:
+            expected = expected + matrix[:, rows:]
+        expected = jnp.moveaxis(expected, 0, 1).reshape(found.shape)
+        same = jnp.allclose(found, expected, rtol=1e-3, atol=1e-3 * math.sqrt(rows))
+    if not same:
+        raise ValueError(
+            f"{kind} was registered as linear in its parameters, channel by channel, "
+            "but its output is not its design matrix times its kernel plus its bias. "
+            "Check `groups` and `channel_axis`, or do not register it."
+        )

@@ -1,13 +1,13 @@
 """What a traced loss says of each captured layer."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from locoprop_optax._graph import Equation, Graph, body_of, tap_p
+from locoprop_optax._graph import Equation, Graph, bodies_of, tap_p
 from locoprop_optax._transfer_detection import Finding, find_transfer
-from locoprop_optax.losses import Transfer
+from locoprop_optax._transfers import Transfer
 
 
 class Sighting(NamedTuple):
@@ -15,29 +15,38 @@ class Sighting(NamedTuple):
 
     Attributes:
       layer: the layer's path.
-      call: which of the layer's calls, as counted while it was traced.
+      number: which of the layer's calls, as counted while it was traced.
+      note: what was noted of the call when its tap was set.
       finding: its transfer function.
-      trouble: why a probe would not reach this call whole; None if it would.
+      trouble: why a probe would not give this call's record; None if it would.
     """
 
     layer: str
-    call: int
+    number: int
+    note: Any
     finding: Finding
     trouble: str | None
 
 
-def survey(closed: core.ClosedJaxpr, known: Sequence[Transfer]) -> list[Sighting]:
+def survey(
+    closed: core.ClosedJaxpr, kernels: Mapping[int, str], known: Sequence[Transfer]
+) -> list[Sighting]:
     """All calls of tapped layers in the trace of a loss, its first result.
 
     Args:
       closed: the trace.
+      kernels: the layer of each of the trace's inputs that is a kernel.
       known: the transfer functions to look for, in the order of preference.
     """
-    found = [s for s, _ in _sightings(Graph.of(closed), known, outermost=True)]
-    seen = [(s.layer, s.call) for s in found]
+    found = []
+    for sighting, _, kernel in _sightings(Graph.of(closed), known, outermost=True):
+        own = kernel is not None and kernels.get(kernel) == sighting.layer
+        trouble = sighting.trouble or (None if own else _COMPUTED)
+        found.append(sighting._replace(trouble=trouble))
+    seen = [(s.layer, s.number) for s in found]
     return [
         s._replace(trouble=s.trouble or _REPLAYED)
-        if seen.count((s.layer, s.call)) > 1
+        if seen.count((s.layer, s.number)) > 1
         else s
         for s in found
     ]
@@ -48,50 +57,51 @@ _REPLAYED = (
     "it is called more than once through one jitted function, whose cached trace "
     "cannot tell the calls apart"
 )
+_COMPUTED = (
+    "the kernel that it uses is not its parameter itself but computed from it, or "
+    "its gradient is stopped"
+)
 
 
 def _sightings(
     graph: Graph, known: Sequence[Transfer], *, outermost: bool
-) -> Iterator[tuple[Sighting, set[int]]]:
-    """Each call, with the positions of the graph's inputs that its probe is from."""
+) -> Iterator[tuple[Sighting, set[int], int | None]]:
+    """Each call, with the graph's inputs that its probe and its kernel come from."""
     for equation in graph.equations:
         if equation.primitive is tap_p:
-            finding = find_transfer(graph, equation, known, outermost=outermost)
             params = equation.params
-            trouble = _BROADCAST.format("a vmap") if params["broadcast"] else None
-            sighting = Sighting(params["layer"], params["call"], finding, trouble)
-            yield sighting, graph.sources(equation.inputs[0])
+            probe, kernel, _ = equation.inputs
+            sighting = Sighting(
+                layer=params["layer"],
+                number=params["number"],
+                note=params["note"],
+                finding=find_transfer(graph, equation, known, outermost=outermost),
+                trouble=_BROADCAST.format("a vmap") if params["broadcast"] else None,
+            )
+            yield sighting, graph.sources(probe), graph.origin(kernel)
     for wrap in graph.wraps:
-        for body, offset in _bodies(wrap):
-            for sighting, sources in _sightings(body, known, outermost=False):
-                trouble = sighting.trouble or _trouble_in(wrap, sources)
-                atoms = [wrap.inputs[at + offset] for at in sources]
-                outer = set().union(*(graph.sources(atom) for atom in atoms))
-                yield sighting._replace(trouble=trouble), outer
+        for body, offset in bodies_of(wrap):
+            for sighting, probe, kernel in _sightings(body, known, outermost=False):
+                trouble = sighting.trouble or _trouble_in(wrap, probe)
+                atoms = [wrap.inputs[at + offset] for at in probe]
+                outer_kernel = (
+                    None
+                    if kernel is None
+                    else graph.origin(wrap.inputs[kernel + offset])
+                )
+                outer_probe = set().union(*(graph.sources(atom) for atom in atoms))
+                yield sighting._replace(trouble=trouble), outer_probe, outer_kernel
 
 
-def _bodies(wrap: Equation) -> Iterator[tuple[Graph, int]]:
-    """The functions an equation runs, and where their arguments start."""
-    name, params = wrap.primitive.name, wrap.params
-    if name == "cond":
-        yield from ((Graph.of(branch), 1) for branch in params["branches"])
-    elif name == "while":
-        yield Graph.of(params["body_jaxpr"]), params["cond_nconsts"]
-    else:
-        body = body_of(params)
-        assert body is not None, f"{name} holds a tap in no body of its own"
-        yield Graph.of(body), 0
-
-
-def _trouble_in(wrap: Equation, sources: set[int]) -> str | None:
+def _trouble_in(wrap: Equation, probe: set[int]) -> str | None:
     """Why a probe would not survive inside an equation; None if it would."""
     name, params = wrap.primitive.name, wrap.params
     if name == "cond":
         return None
     if name == "scan":
         whole = params["num_consts"] + params["num_carry"]
-        sliced = all(at >= whole for at in sources)
+        sliced = all(at >= whole for at in probe)
         return None if sliced else _BROADCAST.format("the turns of a scan")
-    if name in ("custom_vjp_call", "custom_jvp_call"):
+    if name.startswith("custom_"):
         return "a custom derivative rule around it hides it"
     return f"it is called inside a {name}, which keeps no record of each turn"

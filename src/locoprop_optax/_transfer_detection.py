@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from locoprop_optax._graph import Equation, Graph, body_of, tap_p
-from locoprop_optax.losses import IDENTITY, Transfer
+from locoprop_optax._transfers import IDENTITY, Transfer, elu, leaky_relu
 
 _SHAPE_ONLY = {
     "broadcast_in_dim",
@@ -110,13 +110,21 @@ def _elementwise_consumer(
 
 def _closest(value: Any, known: Sequence[Transfer]) -> Transfer | None:
     value = np.broadcast_to(np.asarray(value, np.float32), _GRID.shape)
-    for transfer in known:
+    slope, alpha = value[0] / _GRID[0], value[0] / np.expm1(_GRID[0])
+    families = [leaky_relu(_rounded(slope))] if 0 < slope < 1 else []
+    families += [elu(_rounded(alpha))] if 0 < alpha < 10 else []
+    for transfer in (*known, *families):
         if transfer.over_last_axis or transfer is IDENTITY:
             continue
         expected = np.asarray(transfer.function(jnp.asarray(_GRID)))
         if np.allclose(value, expected, rtol=2e-5, atol=2e-5):
             return transfer
     return None
+
+
+def _rounded(number: float) -> float:
+    """A parameter that was read off float32 values."""
+    return float(f"{number:.6g}")
 
 
 def _value(atom: Any, graph: Graph, values: Mapping[int, Any]) -> Any:
@@ -193,9 +201,13 @@ def _matching_of_loss(
     aval = graph.avals[start]
     tail = _equations_after(graph, start)
     loss = graph.results[0]
-    reaches = isinstance(loss, int) and any(loss in e.outputs for e in tail)
+    reaches = any(loss in e.outputs for e in tail)
     final = all(equation.primitive is not tap_p for equation in tail)
-    if not (reaches and final) or math.prod(aval.shape) > _LARGEST_TEST:
+    if (
+        not isinstance(loss, int)
+        or not (reaches and final)
+        or math.prod(aval.shape) > _LARGEST_TEST
+    ):
         return None
     rng = np.random.default_rng(0)
     equations, given = _needed_for(graph, tail, start)
@@ -215,7 +227,7 @@ def _matching_of_loss(
         for equation in equations:
             results = equation.evaluate(list(map(read, equation.inputs)))
             values.update(zip(equation.outputs, results, strict=True))
-        return jnp.sum(read(loss))
+        return jnp.sum(values[loss])
 
     gradient = jax.jit(jax.grad(loss_of))
     points = [

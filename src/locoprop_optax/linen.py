@@ -12,22 +12,25 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import optax
+from flax.training import train_state
 
 from locoprop_optax._capture import (
-    Call,
     Capture,
     Transfers,
+    anchors_of,
     as_transfers,
-    kernels_of,
     plan,
     probed,
     table,
+    tapped,
 )
-from locoprop_optax._graph import tap
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
-from locoprop_optax._linear_maps import DENSE, LinearMap
-from locoprop_optax.losses import Transfer
+from locoprop_optax._linen_layers import linear_map_of, register_linear
+from locoprop_optax._transfers import Transfer
+
+__all__ = ["TrainState", "register_linear", "tabulate", "value_and_grad"]
 
 _PROBE = "locoprop_probe:"
 
@@ -140,13 +143,58 @@ def tabulate(
     return show
 
 
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState`, whose `apply_gradients` takes the intermediates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.Dense(2), jnp.eye(3)
+      >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
+      >>> state = loco.linen.TrainState.create(
+      ...     apply_fn=model.apply, params=model.init(jax.random.key(0), x),
+      ...     tx=loco.locoprop())
+      >>> loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(
+      ...     state.params, x)
+      >>> state = state.apply_gradients(grads=grads, intermediates=intermediates)
+      >>> int(state.step)
+      1
+    """
+
+    def apply_gradients(
+        self, *, grads: Any, intermediates: Intermediates | None = None, **kwargs: Any
+    ) -> TrainState:
+        """Takes one step of the optimizer.
+
+        Args:
+          grads: the gradients.
+          intermediates: each layer's intermediates, from `value_and_grad`.
+          **kwargs: other fields to replace, as in Flax.
+
+        Returns:
+          The state after the step.
+        """
+        updates, opt_state = optax.with_extra_args_support(self.tx).update(
+            grads, self.opt_state, self.params, intermediates=intermediates
+        )
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+        )
+
+
 def _record(
-    module: nn.Module, path: str, number: int, probes: Any, inputs: Any, output: Any
+    module: nn.Module,
+    path: str,
+    number: int,
+    owned: Mapping[str, Any],
+    args: tuple[Any, ...],
+    output: Any,
 ) -> jax.Array:
     """Handles a layer's call while the loss is differentiated."""
-    del module, path
-    probe = probes.get(str(number))
-    return output if probe is None else probed(probe, inputs, output)
+    del module
+    probe = owned[_PROBE + path].get(str(number))
+    return output if probe is None else probed(probe, args[0], output)
 
 
 @contextmanager
@@ -160,20 +208,20 @@ def _intercepted(handle: Callable[..., jax.Array]) -> Iterator[None]:
             return next_fun(*args, **kwargs)
         owned = scope.variables().get("params", {})
         key = next((k for k in owned if k.startswith(_PROBE)), None)
+        output = next_fun(*args, **kwargs)
         if key is None:
-            return next_fun(*args, **kwargs)
+            return output
         path = key.removeprefix(_PROBE)
         calls[path] = number = calls.get(path, -1) + 1
-        (inputs,) = (*args, *kwargs.values())
-        output = next_fun(*args, **kwargs)
-        return handle(context.module, path, number, owned[key], inputs, output)
+        inputs = (*args, *kwargs.values())
+        return handle(context.module, path, number, owned, inputs, output)
 
     with nn.intercept_methods(interceptor):
         yield
 
 
 def _with_probes(tree: Any, probes: Mapping[str, Any], parent: str = "") -> Any:
-    """Puts each layer's probe beside its kernel, under a key that says its path."""
+    """Puts each layer's probe beside its parameters, under a key that says its path."""
 
     def visit(key_path, node):
         keys = [jax.tree_util.keystr((k,), simple=True) for k in key_path]
@@ -203,29 +251,27 @@ def _discover(
     kwargs: dict[str, Any],
 ) -> dict[str, Capture]:
     """Traces the loss to learn how each layer is captured."""
-    kernels = {p: k for p, k in kernels_of(params).items() if not matches(exclude, p)}
-    calls: dict[tuple[str, int], Call] = {}
+    anchors = {p: a for p, a in anchors_of(params).items() if not matches(exclude, p)}
 
-    def discover(module, path, number, probe, inputs, output):
-        linear_map = _linear_map_of(module)
+    def discover(module, path, number, owned, args, output):
+        leaves = {n: leaf for n, leaf in owned.items() if not n.startswith(_PROBE)}
+        linear_map = linear_map_of(module, leaves, args)
         if linear_map is None:
             return output
-        kind = type(module).__name__
-        calls[path, number] = Call.of(
-            path, number, kind, linear_map, probe, inputs, output
+        return tapped(
+            type(module).__name__,
+            linear_map,
+            layer=path,
+            number=number,
+            probe=owned[_PROBE + path],
+            kernel=leaves["kernel"],
+            inputs=args[0],
+            preactivations=output,
         )
-        return tap(probe, output, layer=path, call=number)
 
     def tapped_loss(params, probes):
         with _intercepted(discover):
             result = loss_fn(_with_probes(params, probes), *args, **kwargs)
         return result[0] if has_aux else result
 
-    closed = jax.make_jaxpr(tapped_loss)(params, kernels)
-    return plan(closed, calls, kernels, transfers)
-
-
-def _linear_map_of(module: nn.Module) -> LinearMap | None:
-    """The linear map of a module whose kind is known."""
-    plain = isinstance(module, nn.Dense) and module.dot_general is None
-    return DENSE if plain and module.dot_general_cls is None else None
+    return plan(jax.make_jaxpr(tapped_loss)(params, anchors), params, transfers)

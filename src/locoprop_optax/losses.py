@@ -19,142 +19,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp, xlogy
 from jaxtyping import Array, Float
 
-Elementwise: TypeAlias = Callable[[Array], Array]
-
-
-@dataclass(frozen=True)
-class Transfer:
-    r"""A transfer function and what its matching loss is made of.
-
-    Attributes:
-      name: what it is called in `transfers=` and in tables.
-      function: :math:`f`, from pre-activations to activations, shape kept.
-      potential: :math:`F` with :math:`\nabla F = f`. One value per element, or, if
-        `over_last_axis`, one value per row. None where the value of the matching
-        loss is not needed: its gradient takes :math:`f` alone.
-      conjugate: :math:`F^*`, shaped as `potential`. Outside the range of
-        :math:`f`, where :math:`F^*` is infinite, its value at the nearest point of
-        the range, so that a loss there is reported up to a constant.
-      derivative_bound: the smallest :math:`c \ge f'`. None if it is not known;
-        then `majorized_newton` cannot be used.
-      over_last_axis: whether :math:`f` mixes the elements of the last axis.
-    """
-
-    name: str
-    function: Elementwise
-    potential: Elementwise | None = None
-    conjugate: Elementwise | None = None
-    derivative_bound: float | None = None
-    over_last_axis: bool = False
-
-
-def _log_cosh(a: Array) -> Array:
-    size = jnp.abs(a)
-    return size + jnp.log1p(jnp.exp(-2 * size)) - jnp.log(2.0).astype(a.dtype)
-
-
-def _tanh_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, -1, 1)
-    return 0.5 * (xlogy(1 + t, 1 + t) + xlogy(1 - t, 1 - t))
-
-
-def _sigmoid_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, 0, 1)
-    return xlogy(t, t) + xlogy(1 - t, 1 - t)
-
-
-def _softmax_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, 0, 1)
-    return jnp.sum(xlogy(t, t), axis=-1)
-
-
-IDENTITY = Transfer(
-    "identity",
-    function=lambda a: a,
-    potential=lambda a: 0.5 * a**2,
-    conjugate=lambda t: 0.5 * t**2,
-    derivative_bound=1.0,
-)
-TANH = Transfer(
-    "tanh",
-    function=jnp.tanh,
-    potential=_log_cosh,
-    conjugate=_tanh_conjugate,
-    derivative_bound=1.0,
-)
-SIGMOID = Transfer(
-    "sigmoid",
-    function=jax.nn.sigmoid,
-    potential=jax.nn.softplus,
-    conjugate=_sigmoid_conjugate,
-    derivative_bound=0.25,
-)
-RELU = Transfer(
-    "relu",
-    function=jax.nn.relu,
-    potential=lambda a: 0.5 * jax.nn.relu(a) ** 2,
-    conjugate=lambda t: 0.5 * jax.nn.relu(t) ** 2,
-    derivative_bound=1.0,
-)
-SOFTMAX = Transfer(
-    "softmax",
-    function=lambda a: jax.nn.softmax(a, axis=-1),
-    potential=lambda a: logsumexp(a, axis=-1),
-    conjugate=_softmax_conjugate,
-    derivative_bound=0.5,
-    over_last_axis=True,
+from locoprop_optax._transfers import (
+    IDENTITY,
+    Elementwise,
+    Transfer,
+    as_transfer,
+    elu,
+    known_transfers,
+    leaky_relu,
+    register_transfer,
 )
 
-_TRANSFERS = {t.name: t for t in (IDENTITY, TANH, SIGMOID, RELU, SOFTMAX)}
-
-
-def known_transfers() -> dict[str, Transfer]:
-    """The transfer functions that can be named in `transfers=`, by name.
-
-    Example:
-      >>> import locoprop_optax as loco
-      >>> sorted(loco.losses.known_transfers())
-      ['identity', 'relu', 'sigmoid', 'softmax', 'tanh']
-    """
-    return dict(_TRANSFERS)
-
-
-def as_transfer(transfer: str | Transfer | Elementwise) -> Transfer:
-    """The `Transfer` for a name, an elementwise callable, or itself.
-
-    Args:
-      transfer: a known name, a `Transfer`, or any elementwise callable. For a
-        callable the matching loss has a gradient, but no value and no bound.
-
-    Returns:
-      The transfer function.
-
-    Raises:
-      ValueError: if the name is not known.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import locoprop_optax as loco
-      >>> loco.losses.as_transfer("tanh").derivative_bound
-      1.0
-      >>> loco.losses.as_transfer(jnp.sin).name
-      'sin'
-    """
-    if isinstance(transfer, Transfer):
-        return transfer
-    if callable(transfer):
-        return Transfer(getattr(transfer, "__name__", repr(transfer)), transfer)
-    if transfer not in _TRANSFERS:
-        raise ValueError(
-            f"Unknown transfer function {transfer!r}. Known names: "
-            f"{', '.join(sorted(_TRANSFERS))}. An elementwise callable works too."
-        )
-    return _TRANSFERS[transfer]
+__all__ = [
+    "Loss",
+    "LossFactory",
+    "MatchingLoss",
+    "Transfer",
+    "as_transfer",
+    "elu",
+    "known_transfers",
+    "leaky_relu",
+    "matching_loss",
+    "register_transfer",
+    "squared_loss",
+]
 
 
 class Loss(Protocol):
@@ -203,18 +94,18 @@ class MatchingLoss:
     def value(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
     ) -> Float[Array, ""]:
-        r"""The sum of :math:`F(a) - a t + F^*(t)` over examples and units."""
+        r"""The sum of :math:`F(a) - a t + F^*(t)` over examples and units.
+
+        Without :math:`F^*` where the transfer function has none.
+        """
         potential, conjugate = self.transfer.potential, self.transfer.conjugate
-        if potential is None or conjugate is None:
+        if potential is None:
             raise ValueError(
                 f"The matching loss of {self.transfer.name!r} has no value: its "
-                "potential or its conjugate is not given. Its gradient needs neither."
+                "potential is not given. Its gradient does not need it."
             )
-        return (
-            jnp.sum(potential(preactivations))
-            - jnp.sum(preactivations * targets)
-            + jnp.sum(conjugate(targets))
-        )
+        value = jnp.sum(potential(preactivations)) - jnp.sum(preactivations * targets)
+        return value if conjugate is None else value + jnp.sum(conjugate(targets))
 
     def gradient(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]

@@ -1,0 +1,249 @@
+"""Capture of an NNX model's intermediates, without touching the model.
+
+The loss runs on a copy of the model in which each layer carries a probe as one more
+parameter, while the layers' classes pass each output by it. State that the loss
+changes, such as batch statistics and random counts, is put back into the model, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from flax import nnx
+
+from locoprop_optax._capture import (
+    Capture,
+    Transfers,
+    anchors_of,
+    as_transfers,
+    plan,
+    probed,
+    table,
+    tapped,
+)
+from locoprop_optax._intermediates import Intermediates
+from locoprop_optax._layers import PathPattern, layers_of, matches
+from locoprop_optax._nnx_layers import linear_map_of, register_linear
+from locoprop_optax._transfers import Transfer
+
+__all__ = ["register_linear", "tabulate", "value_and_grad"]
+
+
+class Probe(nnx.Param):
+    """A layer's probe; a parameter, so that it is stacked and sliced as those are."""
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    transfers: Transfers | None = None,
+    exclude: PathPattern | None = None,
+) -> Callable[..., tuple[Any, nnx.State, Intermediates]]:
+    r"""`nnx.value_and_grad` that also returns each layer's intermediates.
+
+    From one forward and one backward pass of an unchanged model come the loss
+    :math:`L`, its gradients with respect to the model's `nnx.Param`s, and for each
+    layer with :math:`a = xW + b` its input :math:`x`, pre-activation :math:`a` and
+    cotangent :math:`\partial L/\partial a`. The loss is also traced once, on a copy of
+    the model, to find the transfer functions.
+
+    Args:
+      loss_fn: a function from a model and any other arguments to a scalar loss, or to
+        (loss, aux).
+      has_aux: whether `loss_fn` returns (loss, aux).
+      transfers: transfer functions by layer path or glob, which override what is
+        found: names, `losses.Transfer`s or elementwise callables.
+      exclude: layers not to capture: a glob over paths, several, or a predicate. Name
+        them in the optimizer's `exclude=` too.
+
+    Returns:
+      A function with the arguments of `loss_fn` that returns (loss, grads,
+      intermediates), or ((loss, aux), grads, intermediates).
+
+    Raises:
+      ValueError: when called, if a name in `transfers` is unknown or its path fits no
+        layer, if a layer's inputs are integers, or if a layer's records cannot be
+        told apart. The message names the layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import locoprop_optax as loco
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh)
+      >>> optimizer = nnx.Optimizer(model, loco.locoprop(), wrt=nnx.Param)
+      >>> loss_fn = lambda model, x: jnp.mean((model(x) - 0.5) ** 2)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, x):
+      ...     loss, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, x)
+      ...     optimizer.update(model, grads, intermediates=intermediates)
+      ...     return loss
+      >>> losses = [float(train_step(model, optimizer, jnp.eye(3))) for _ in range(9)]
+      >>> losses[-1] < losses[0]
+      True
+    """
+    known = as_transfers(transfers)
+
+    def loss_grads_and_intermediates(model, *args, **kwargs):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        captures = _discover(
+            loss_fn, has_aux, known, exclude, (graphdef, params, rest), args, kwargs
+        )
+        probes = {path: capture.probes() for path, capture in captures.items()}
+
+        def probed_loss(params, probes):
+            copy = _with_probes(nnx.merge(graphdef, params, rest), probes)
+            with _intercepted(copy, _record):
+                result = loss_fn(copy, *args, **kwargs)
+            loss, aux = result if has_aux else (result, None)
+            return loss, (aux, nnx.state(copy, nnx.Not(nnx.Param)))
+
+        (loss, (aux, changed)), (grads, records) = jax.value_and_grad(
+            probed_loss, argnums=(0, 1), has_aux=True
+        )(params, probes)
+        nnx.update(model, changed)
+        gradients = layers_of(grads)
+        layers = {
+            path: capture.collect(records[path], gradients[path])
+            for path, capture in captures.items()
+        }
+        value = (loss, aux) if has_aux else loss
+        return value, grads, Intermediates(layers)
+
+    return loss_grads_and_intermediates
+
+
+def tabulate(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    transfers: Transfers | None = None,
+    exclude: PathPattern | None = None,
+) -> Callable[..., str]:
+    """Shows what `value_and_grad` captures: each layer, and its transfer function.
+
+    Nothing is computed: the loss is traced, on a copy of the model.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
+      transfers: as for `value_and_grad`.
+      exclude: as for `value_and_grad`.
+
+    Returns:
+      A function with the arguments of `loss_fn` that returns the table as text.
+
+    Raises:
+      ValueError: when called, as `value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import locoprop_optax as loco
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh)
+      >>> loss_fn = lambda model, x: jnp.mean((model(x) - 0.5) ** 2)
+      >>> print(loco.nnx.tabulate(loss_fn)(model, jnp.ones((5, 3))))
+      layer     kind    inputs  preactivations  transfer  why
+      layers/0  Linear  (5, 3)  (5, 4)          tanh      applied to the pre-activation
+    """
+    known = as_transfers(transfers)
+
+    def show(model, *args, **kwargs):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        parts = (graphdef, params, rest)
+        captures = _discover(loss_fn, has_aux, known, exclude, parts, args, kwargs)
+        return table(captures, params, exclude)
+
+    return show
+
+
+def _discover(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    transfers: Mapping[str, Transfer],
+    exclude: PathPattern | None,
+    parts: tuple[Any, nnx.State, nnx.State],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Capture]:
+    """Traces the loss to learn how each layer is captured."""
+    graphdef, params, rest = parts
+    anchors = {p: a for p, a in anchors_of(params).items() if not matches(exclude, p)}
+
+    def discover(module, number, args, output):
+        leaves = {
+            name: value[...]
+            for name, value in vars(module).items()
+            if isinstance(value, nnx.Param) and not isinstance(value, Probe)
+        }
+        linear_map = linear_map_of(module, leaves, args)
+        if linear_map is None:
+            return output
+        return tapped(
+            type(module).__name__,
+            linear_map,
+            layer=module.locoprop_path,
+            number=number,
+            probe=module.locoprop_probe.get_value(),
+            kernel=leaves["kernel"],
+            inputs=args[0],
+            preactivations=output,
+        )
+
+    def tapped_loss(params, probes):
+        copy = _with_probes(nnx.merge(graphdef, params, rest), probes)
+        with _intercepted(copy, discover):
+            result = loss_fn(copy, *args, **kwargs)
+        return result[0] if has_aux else result
+
+    return plan(jax.make_jaxpr(tapped_loss)(params, anchors), params, transfers)
+
+
+def _record(module: Any, number: int, args: tuple[Any, ...], output: Any) -> Any:
+    """Handles a layer's call while the loss is differentiated."""
+    probe = module.locoprop_probe.get_value().get(str(number))
+    return output if probe is None else probed(probe, args[0], output)
+
+
+def _with_probes(model: Any, probes: Mapping[str, Any]) -> Any:
+    """Gives each layer its probe, and the path that the probe is known by."""
+    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
+    for keys, module in modules:
+        path = "/".join(map(str, keys))
+        if path in probes:
+            module.locoprop_path = path
+            module.locoprop_probe = Probe(probes[path])
+    return model
+
+
+@contextmanager
+def _intercepted(model: Any, handle: Callable[..., Any]) -> Iterator[None]:
+    """Passes the output of each call of a probed layer through `handle`."""
+    calls: dict[str, int] = {}
+
+    def intercept(call):
+        def intercepted_call(self, *args, **kwargs):
+            output = call(self, *args, **kwargs)
+            if not hasattr(self, "locoprop_probe"):
+                return output
+            path = self.locoprop_path
+            calls[path] = number = calls.get(path, -1) + 1
+            return handle(self, number, (*args, *kwargs.values()), output)
+
+        return intercepted_call
+
+    modules = (module for _, module in nnx.iter_modules(model))
+    kinds = {type(m) for m in modules if hasattr(m, "locoprop_probe")}
+    own_calls = {kind: kind.__call__ for kind in kinds}
+    inherited = {kind for kind in kinds if "__call__" not in vars(kind)}
+    try:
+        for kind, call in own_calls.items():
+            kind.__call__ = intercept(call)
+        yield
+    finally:
+        for kind, call in own_calls.items():
+            if kind in inherited:
+                del kind.__call__
+            else:
+                kind.__call__ = call
