@@ -141,13 +141,13 @@ def dense_general(
     Args:
       ndim: the number of the input's axes.
       groups: the axes that the kernel and the output have, too.
-      summed: the axes that are summed over.
+      summed: the axes that are summed over; the kernel has them in their order.
       features: how many axes the output gets from the kernel.
     """
 
     def letters(axes):
         axes = (axes,) if isinstance(axes, int) else axes
-        return "".join(inputs[axis % ndim] for axis in axes)
+        return "".join(inputs[axis] for axis in sorted(axis % ndim for axis in axes))
 
     inputs, new = ascii_letters[:ndim], ascii_letters[ndim : ndim + features]
     batch, contracted = letters(groups), letters(summed)

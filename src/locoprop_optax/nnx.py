@@ -94,7 +94,7 @@ def value_and_grad(
         probes = {path: capture.probes() for path, capture in captures.items()}
 
         def probed_loss(params, probes):
-            copy = _with_probes(nnx.merge(graphdef, params, rest), probes)
+            copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
             with _intercepted(copy, _record):
                 result = loss_fn(copy, *args, **kwargs)
             loss, aux = result if has_aux else (result, None)
@@ -192,7 +192,7 @@ def _discover(
         )
 
     def tapped_loss(params, probes):
-        copy = _with_probes(nnx.merge(graphdef, params, rest), probes)
+        copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
         with _intercepted(copy, discover):
             result = loss_fn(copy, *args, **kwargs)
         return result[0] if has_aux else result

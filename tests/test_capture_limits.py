@@ -1,0 +1,290 @@
+"""What cannot be captured is an error that names the layer, the reason, the way out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import locoprop_optax as loco
+from tests.helpers import regression
+
+X = jax.random.normal(jax.random.key(0), (4, 6))
+
+
+def capture_of(model, x=X, **options):
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def loss_fn(params):
+        return jnp.sum(jnp.sin(model.apply({"params": params}, x)) ** 2)
+
+    return loco.linen.value_and_grad(loss_fn, **options), params
+
+
+class ScannedWithOneKernel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            lambda layer, x, _: (nn.tanh(layer(x)), None),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=3,
+        )
+        return scan(nn.Dense(6, name="layer"), x, None)[0]
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.SimpleCell(5), name="rnn")(x[None])
+
+
+class InWhileLoop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(6, name="layer")
+        layer(x)
+        variables = {"params": self.variables["params"]["layer"]}
+        return jax.lax.fori_loop(
+            0,
+            jnp.int32(jnp.sum(x) * 0 + 2),
+            lambda _, x: nn.Dense(6, parent=None).apply(variables, x),
+            x,
+        )
+
+
+class BehindCustomVjp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.custom_vjp(
+            lambda layer, x: layer(x),
+            forward_fn=lambda layer, x: nn.vjp(lambda m, x: m(x), layer, x),
+            backward_fn=lambda pull, g: pull(g),
+        )(nn.Dense(3, name="layer"), x)
+
+
+class WeightNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.WeightNorm(nn.Dense(3, name="layer"))(x)
+
+
+class Frozen(nn.Module):
+    """A layer whose kernel the loss sees only through a stopped gradient."""
+
+    @nn.compact
+    def __call__(self, x):
+        stop = nn.map_variables(
+            nn.Dense,
+            "params",
+            trans_in_fn=jax.lax.stop_gradient,
+            init=self.is_initializing(),
+        )
+        return stop(3, name="layer")(x)
+
+
+class CalledThroughOneJit(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.jit(nn.Dense)(6, name="layer")
+        return layer(layer(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "reason"),
+    [
+        (ScannedWithOneKernel(), "layer", "broadcast across the turns of a scan"),
+        (Recurrent(), "SimpleCell_0/i", "broadcast across the turns of a scan"),
+        (InWhileLoop(), "layer", "inside a while, which keeps no record"),
+        (BehindCustomVjp(), "layer", "a custom derivative rule around it hides it"),
+        (WeightNormed(), "layer", "not its parameter itself but computed from it"),
+        (Frozen(), "layer", "its gradient is stopped"),
+        (CalledThroughOneJit(), "layer", "called more than once through one jitted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_trouble_is_named(model, layer, reason):
+    capture, params = capture_of(model)
+    with pytest.raises(ValueError, match=f"'{layer}' cannot.*{reason}.*`exclude=`"):
+        capture(params)
+    capture, _ = capture_of(model, exclude=lambda path: True)
+    assert capture(params)[2].layers == {}
+
+
+def test_kernel_that_another_layer_uses():
+    """Weights tied by hand would give one parameter two layers' records."""
+    first, second = nn.Dense(6, use_bias=False), nn.Dense(6, use_bias=False)
+    params = {"one": first.init(jax.random.key(0), X)["params"]}
+
+    def loss_fn(params):
+        hidden = nn.tanh(first.apply({"params": params["one"]}, X))
+        transposed = {"kernel": params["one"]["kernel"].T}
+        return jnp.sum(second.apply({"params": transposed}, hidden) ** 2)
+
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    with pytest.raises(ValueError, match=r"'one': the gradient.*in another way"):
+        loco.check_intermediates(params, grads, intermediates)
+
+
+def test_kind_that_is_not_known():
+    class Mystery(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.ones, (6, 2))
+            return x @ jnp.abs(kernel)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Mystery(name="mystery")(nn.tanh(nn.Dense(6, name="layer")(x)))
+
+    capture, params = capture_of(Model())
+    _, grads, intermediates = capture(params)
+    assert set(intermediates.layers) == {"layer"}
+    tx = loco.locoprop()
+    with pytest.raises(ValueError, match=r"'mystery' owns a kernel.*`exclude=`"):
+        tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    tx = loco.locoprop(exclude="mystery")
+    tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    model = Model()
+
+    def loss_fn(params):
+        return jnp.sum(model.apply({"params": params}, X))
+
+    row = loco.linen.tabulate(loss_fn)(params).splitlines()[-1]
+    assert row.startswith("mystery")
+    assert "not captured" in row
+
+
+@loco.linen.register_linear
+class Scaled(nn.Module):
+    """A linear layer of the user's own."""
+
+    power: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], 3))
+        bias = self.param("bias", nn.initializers.zeros, (3,))
+        return jnp.cumsum(x, axis=-1) @ kernel**self.power + bias
+
+
+def test_registered_module():
+    capture, params = capture_of(nn.Sequential([Scaled(), nn.tanh]))
+    _, grads, intermediates = capture(params)
+    loco.check_intermediates(params, grads, intermediates)
+    assert intermediates.layers["layers_0"].transfer.name == "tanh"
+    tx = loco.scale_by_locoprop()
+    tx.update(grads, tx.init(params), params, intermediates=intermediates)
+
+
+def test_registered_module_that_is_not_linear():
+    capture, params = capture_of(Scaled(power=2))
+    with pytest.raises(ValueError, match="Scaled was registered as linear"):
+        capture(params)
+
+
+@loco.nnx.register_linear
+class NnxScaled(nnx.Module):
+    """A linear layer of the user's own, in NNX."""
+
+    def __init__(self, power, rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (6, 3)))
+        self.power = power
+
+    def __call__(self, x):
+        return jnp.cumsum(x, axis=-1) @ self.kernel[...] ** self.power
+
+
+def test_registered_nnx_module():
+    def loss_fn(model, x):
+        return jnp.sum(jnp.sin(model(x)) ** 2)
+
+    model = nnx.Sequential(NnxScaled(1, nnx.Rngs(0)))
+    _, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, X)
+    params, grads = nnx.as_pure(nnx.state(model)), nnx.as_pure(grads)
+    loco.check_intermediates(params, grads, intermediates)
+    with pytest.raises(ValueError, match="NnxScaled was registered as linear"):
+        loco.nnx.value_and_grad(loss_fn)(NnxScaled(2, nnx.Rngs(0)), X)
+
+
+def test_classes_are_left_as_they_were():
+    calls = nnx.Linear.__call__, NnxScaled.__call__
+    model = NnxScaled(2, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="registered"):
+        loco.nnx.value_and_grad(lambda m, x: jnp.sum(m(x)))(model, X)
+    assert calls == (nnx.Linear.__call__, NnxScaled.__call__)
+    assert set(vars(model)) == set(vars(NnxScaled(2, nnx.Rngs(0))))
+
+
+def test_penalty_is_seen_by_the_check():
+    loss_fn, params, batch = regression()
+
+    def penalized(params, batch):
+        return loss_fn(params, batch) + sum(
+            jnp.sum(p**2) for p in jax.tree.leaves(params)
+        )
+
+    _, grads, intermediates = loco.linen.value_and_grad(penalized)(params, batch)
+    with pytest.raises(ValueError, match=r"'first': the gradient.*penalty"):
+        loco.check_intermediates(params, grads, intermediates)
+
+
+def test_train_state():
+    loss_fn, params, batch = regression()
+    state = loco.linen.TrainState.create(
+        apply_fn=None, params=params, tx=optax.chain(loco.locoprop(), optax.identity())
+    )
+
+    @jax.jit
+    def step(state, batch):
+        loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(
+            state.params, batch
+        )
+        return state.apply_gradients(grads=grads, intermediates=intermediates), loss
+
+    first = None
+    for _ in range(20):
+        state, loss = step(state, batch)
+        first = loss if first is None else first
+    assert int(state.step) == 20
+    assert loss < first
+    plain = loco.linen.TrainState.create(
+        apply_fn=None, params=params, tx=optax.sgd(0.1)
+    )
+    grads = jax.grad(loss_fn)(params, batch)
+    assert int(plain.apply_gradients(grads=grads).step) == 1
+    with pytest.raises(TypeError, match="needs `intermediates=`"):
+        state.apply_gradients(grads=grads)
+
+
+def test_nnx_random_counts_advance_once():
+    model = nnx.Sequential(
+        nnx.Linear(6, 6, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    )
+    counts = []
+    for _ in range(3):
+        loco.nnx.value_and_grad(lambda m, x: jnp.sum(m(x) ** 2))(model, X)
+        counts.append(int(model.layers[1].rngs.count[...]))
+    assert counts == [1, 2, 3]
+
+
+def test_nnx_has_aux_and_exclude():
+    model = nnx.Sequential(
+        nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    )
+
+    def loss_fn(model, x):
+        out = model(x)
+        return jnp.sum(out**2), out
+
+    (loss, out), _, intermediates = loco.nnx.value_and_grad(
+        loss_fn, has_aux=True, exclude="layers/0"
+    )(model, X)
+    np.testing.assert_allclose(loss, jnp.sum(out**2), rtol=1e-6)
+    assert set(intermediates.layers) == {"layers/1"}
+    shown = loco.nnx.tabulate(loss_fn, has_aux=True, exclude="layers/0")(model, X)
+    assert "excluded" in shown
