@@ -7,6 +7,7 @@ would reach the layer whole.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -141,29 +142,48 @@ class Graph:
             numbers.update(zip(equation.outvars, outputs, strict=True))
         return tuple(map(read, jaxpr.outvars))
 
-    def consumers(self) -> dict[int, list[Equation]]:
-        """The equations that read each number."""
-        consumers: dict[int, list[Equation]] = {}
-        for equation in self.equations:
+    @cached_property
+    def makers(self) -> dict[int, Equation]:
+        """The equation that each number is a result of."""
+        return {number: e for e in self.equations for number in e.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[int, list[int]]:
+        """The positions of the equations that read each number."""
+        consumers: dict[int, list[int]] = {}
+        for at, equation in enumerate(self.equations):
             for number in {i for i in equation.inputs if isinstance(i, int)}:
-                consumers.setdefault(number, []).append(equation)
+                consumers.setdefault(number, []).append(at)
         return consumers
+
+    def after(self, start: int) -> list[Equation]:
+        """The equations that depend on a number, in order."""
+        reached, numbers = set(), [start]
+        while numbers:
+            new = set(self.consumers.get(numbers.pop(), ())) - reached
+            reached |= new
+            numbers.extend(n for at in new for n in self.equations[at].outputs)
+        return [self.equations[at] for at in sorted(reached)]
 
     def origin(self, atom: Atom) -> int | None:
         """The position of the input that an operand is, but for its form; or None."""
-        makers = {o: e for e in self.equations for o in e.outputs}
-        while isinstance(atom, int) and atom in makers:
-            if makers[atom].primitive.name not in _FORM_ONLY:
+        while isinstance(atom, int) and atom in self.makers:
+            maker = self.makers[atom]
+            if maker.primitive.name not in _FORM_ONLY:
                 return None
-            atom = makers[atom].inputs[0]
+            atom = maker.inputs[0]
         return self.inputs.index(atom) if atom in self.inputs else None
 
     def sources(self, atom: Atom) -> set[int]:
         """The positions of the inputs that an operand is computed from."""
-        reached = {atom}
-        for equation in reversed(self.equations):
-            if not reached.isdisjoint(equation.outputs):
-                reached.update(i for i in equation.inputs if isinstance(i, int))
+        reached, pending = set(), [atom]
+        while pending:
+            number = pending.pop()
+            if isinstance(number, int) and number not in reached:
+                reached.add(number)
+                pending.extend(
+                    self.makers[number].inputs if number in self.makers else ()
+                )
         return {at for at, number in enumerate(self.inputs) if number in reached}
 
 

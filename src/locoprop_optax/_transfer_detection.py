@@ -4,8 +4,10 @@ Functions are compared by their values, not by how they are written: what a trac
 to a pre-activation is evaluated and held against every known transfer function.
 """
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -29,15 +31,54 @@ _SHAPE_ONLY = {
     "squeeze",
     "transpose",
 }
-_ELEMENTWISE = {
-    *("abs", "add", "add_any", "and", "asinh", "atan", "atan2", "ceil", "clamp", "cos"),
-    *("cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor"),
-    *("ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt"),
-    *("max", "min", "mul", "ne", "neg", "not", "or", "pow", "round", "rsqrt"),
-    *("select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub"),
-    *("tan", "tanh", "xor"),
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "and": np.bitwise_and,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "clamp": lambda low, a, high: np.clip(a, low, high),
+    "cos": np.cos,
+    "cosh": np.cosh,
+    "div": np.divide,
+    "eq": np.equal,
+    "erf": np.vectorize(math.erf),
+    "erfc": np.vectorize(math.erfc),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "integer_pow": lambda a, y: np.asarray(a, float) ** y,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda a, **_: 1 / (1 + np.exp(-np.asarray(a))),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.logical_not,
+    "or": np.bitwise_or,
+    "pow": np.power,
+    "rsqrt": lambda a, **_: 1 / np.sqrt(a),
+    "select_n": lambda which, off, on: np.where(which, on, off),
+    "sign": np.sign,
+    "sin": np.sin,
+    "sinh": np.sinh,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "stop_gradient": lambda a, **_: a,
+    "sub": np.subtract,
+    "tan": np.tan,
+    "tanh": np.tanh,
 }
-_GRID = np.linspace(-6.1, 6.0, 73, dtype=np.float32)
+_GRID = np.linspace(-8.1, 8.0, 73)
 _LARGEST_TEST = 2**25
 
 
@@ -68,58 +109,77 @@ def find_transfer(
 def _elementwise_consumer(
     graph: Graph, tap: Equation, known: Sequence[Transfer]
 ) -> Finding:
-    """Looks for a known function that everything after the tap goes through."""
+    """Looks for the last known function that all after the tap goes through."""
     (start,) = tap.outputs
-    consumers = graph.consumers()
+    size = math.prod(graph.avals[start].shape)
     values: dict[int, Any] = {start: _GRID}
     ancestors: dict[int, set[int]] = {start: set()}
+    found = None
 
     def is_gateway(number: int) -> bool:
+        """Whether all that comes after the tap comes after this number."""
         inside = ancestors[number]
-        return all(
-            u not in graph.results
-            and all(inside_or(number, e) for e in consumers.get(u, ()))
-            for u in inside
-        )
+        readers = {at for n in inside for at in graph.consumers.get(n, ())}
+        outputs = {o for at in readers for o in graph.equations[at].outputs}
+        return inside.isdisjoint(graph.results) and outputs <= {number} | inside
 
-    def inside_or(number: int, equation: Equation) -> bool:
-        return all(o == number or o in ancestors[number] for o in equation.outputs)
-
-    size = math.prod(graph.avals[start].shape)
-    for equation in graph.equations:
-        if not any(i in ancestors for i in equation.inputs if isinstance(i, int)):
-            _evaluate_constant(equation, graph, values)
-            continue
-        if math.prod(graph.avals[equation.outputs[0]].shape) != size:
+    pending = list(graph.consumers.get(start, ()))
+    while pending:
+        at = heapq.heappop(pending)
+        equation = graph.equations[at]
+        number, *others = equation.outputs
+        same_size = math.prod(graph.avals[number].shape) == size
+        if others or number in values or not same_size or not _is_elementwise(equation):
             continue
         operands = [_value(i, graph, values) for i in equation.inputs]
-        if any(o is None for o in operands) or not _is_elementwise(equation):
+        if any(o is None for o in operands):
             continue
-        (number,) = equation.outputs
         values[number] = _evaluate(equation.primitive, equation.params, operands)
         reads = {i for i in equation.inputs if isinstance(i, int) and i in ancestors}
         ancestors[number] = reads.union(*(ancestors[i] for i in reads))
         match = _closest(values[number], known)
         if match is not None and is_gateway(number):
-            return Finding(match, "applied to the pre-activation")
-    users = sorted({e.primitive.name for e in consumers.get(start, ())})
-    if start in graph.results:
-        users.append("a result")
-    return Finding(IDENTITY, f"no known function: goes to {', '.join(users) or 'none'}")
+            found = match
+        for consumer in graph.consumers.get(number, ()):
+            heapq.heappush(pending, consumer)
+    if found is not None:
+        return Finding(found, "applied to the pre-activation")
+    users = {
+        graph.equations[at].primitive.name for at in graph.consumers.get(start, ())
+    }
+    ends = ["a result"] if start in graph.results else []
+    goes_to = ", ".join(sorted(users) + ends) or "nothing"
+    return Finding(IDENTITY, f"no known function: goes to {goes_to}")
 
 
 def _closest(value: Any, known: Sequence[Transfer]) -> Transfer | None:
-    value = np.broadcast_to(np.asarray(value, np.float32), _GRID.shape)
-    slope, alpha = value[0] / _GRID[0], value[0] / np.expm1(_GRID[0])
-    families = [leaky_relu(_rounded(slope))] if 0 < slope < 1 else []
-    families += [elu(_rounded(alpha))] if 0 < alpha < 10 else []
-    for transfer in (*known, *families):
-        if transfer.over_last_axis or transfer is IDENTITY:
+    value = np.broadcast_to(np.asarray(value, float), _GRID.shape)
+    for transfer in (*known, *_families(value)):
+        if transfer.over_last_axis or transfer == IDENTITY:
             continue
-        expected = np.asarray(transfer.function(jnp.asarray(_GRID)))
-        if np.allclose(value, expected, rtol=2e-5, atol=2e-5):
+        if np.all(np.abs(value - _on_grid(transfer)) < 2e-5 * (1 + np.abs(value))):
             return transfer
     return None
+
+
+def _families(value: np.ndarray) -> tuple[Transfer, ...]:
+    """The members of families of functions that agree where they differ most."""
+    slope, alpha = value[0] / _GRID[0], value[0] / np.expm1(_GRID[0])
+    leaky = (leaky_relu(_rounded(slope)),) if 0 < slope < 1 else ()
+    return leaky + ((elu(_rounded(alpha)),) if 0 < alpha < 10 else ())
+
+
+@cache
+def _on_grid(transfer: Transfer) -> np.ndarray:
+    return _apply(transfer, _GRID)
+
+
+def _apply(transfer: Transfer, a: np.ndarray) -> np.ndarray:
+    """A function's values, without compiling it where that can be avoided."""
+    closed = jax.make_jaxpr(transfer.function)(np.float32([0]))
+    if transfer.over_last_axis or not all(map(_is_elementwise, closed.jaxpr.eqns)):
+        return np.asarray(transfer.function(jnp.asarray(a, jnp.float32)))
+    return np.asarray(_evaluate_jaxpr(closed, [a]))
 
 
 def _rounded(number: float) -> float:
@@ -127,22 +187,26 @@ def _rounded(number: float) -> float:
     return float(f"{number:.6g}")
 
 
-def _value(atom: Any, graph: Graph, values: Mapping[int, Any]) -> Any:
+def _value(atom: Any, graph: Graph, values: dict[int, Any]) -> Any:
     """What is known of an operand on the grid: its values there, a number, or None."""
     if isinstance(atom, core.Literal):
         return atom.val
     if atom in graph.constants and np.size(graph.constants[atom]) == 1:
         return np.reshape(graph.constants[atom], ())
-    return values.get(atom)
+    if atom not in values:
+        values[atom] = _scalar(atom, graph, values)
+    return values[atom]
 
 
-def _evaluate_constant(equation: Equation, graph: Graph, values: dict) -> None:
-    """Follows numbers that are broadcast or cast before they meet the tap."""
+def _scalar(number: int, graph: Graph, values: dict[int, Any]) -> Any:
+    """The one number that an array holds throughout, if it is known."""
+    equation = graph.makers.get(number)
+    if equation is None or not _is_elementwise(equation):
+        return None
     operands = [_value(i, graph, values) for i in equation.inputs]
-    scalar = all(o is not None and np.ndim(o) == 0 for o in operands) and operands
-    if scalar and _is_elementwise(equation):
-        (number,) = equation.outputs
-        values[number] = _evaluate(equation.primitive, equation.params, operands)
+    if any(o is None or np.ndim(o) > 0 for o in operands):
+        return None
+    return _evaluate(equation.primitive, equation.params, operands)
 
 
 def _is_elementwise(equation: Any) -> bool:
@@ -158,29 +222,34 @@ def _is_elementwise(equation: Any) -> bool:
 
 
 def _evaluate(primitive: Any, params: Mapping[str, Any], operands: list[Any]) -> Any:
-    """The value of an elementwise equation on the grid, in float32 throughout."""
+    """The value of an elementwise equation on the grid, in float64 throughout."""
     name = primitive.name
     if name == "convert_element_type":
         dtype = params["new_dtype"]
-        return jnp.asarray(operands[0], jnp.float32 if _is_float(dtype) else dtype)
+        return np.asarray(operands[0], float if _is_float(dtype) else dtype)
     if name in _SHAPE_ONLY:
         return operands[0]
     if name in _ELEMENTWISE:
-        arrays = [jnp.asarray(o) for o in operands]
-        floats = [a.astype(jnp.float32) if _is_float(a.dtype) else a for a in arrays]
-        return primitive.bind(*jnp.broadcast_arrays(*floats), **params)
-    closed = body_of(params)
-    assert closed is not None
-    body = closed.jaxpr
-    values = dict(zip(body.invars, operands, strict=True))
+        power = {"y": params["y"]} if name == "integer_pow" else {}
+        with np.errstate(all="ignore"):
+            return _ELEMENTWISE[name](*operands, **power)
+    body = body_of(params)
+    assert body is not None
+    return _evaluate_jaxpr(body, operands)
+
+
+def _evaluate_jaxpr(closed: core.ClosedJaxpr, operands: list[Any]) -> Any:
+    """The one result of elementwise equations on the grid."""
+    values = dict(zip(closed.jaxpr.invars, operands, strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
-    for inner in body.eqns:
-        result = _evaluate(inner.primitive, inner.params, list(map(read, inner.invars)))
-        values[inner.outvars[0]] = result
-    return read(body.outvars[0])
+    for equation in closed.jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        result = _evaluate(equation.primitive, equation.params, inputs)
+        values[equation.outvars[0]] = result
+    return read(closed.jaxpr.outvars[0])
 
 
 def _is_float(dtype: Any) -> bool:
@@ -199,7 +268,7 @@ def _matching_of_loss(
     """
     (start,) = tap.outputs
     aval = graph.avals[start]
-    tail = _equations_after(graph, start)
+    tail = graph.after(start)
     loss = graph.results[0]
     reaches = any(loss in e.outputs for e in tail)
     final = all(equation.primitive is not tap_p for equation in tail)
@@ -230,39 +299,29 @@ def _matching_of_loss(
         return jnp.sum(values[loss])
 
     gradient = jax.jit(jax.grad(loss_of))
-    points = [
-        jnp.asarray(1.5 * rng.standard_normal(aval.shape), aval.dtype) for _ in range(3)
-    ]
-    gradients = [np.asarray(gradient(p), np.float64) for p in points]
+    points = [1.5 * rng.standard_normal(aval.shape) for _ in range(3)]
+    gradients = [gradient(np.asarray(point, aval.dtype)) for point in points]
     for transfer in known:
-        outputs = [np.asarray(transfer.function(p), np.float64) for p in points]
-        if _proportional(gradients, outputs):
+        monotone = transfer.conjugate is not None
+        if monotone and _proportional(gradients, [_apply(transfer, p) for p in points]):
             return transfer
     return None
 
 
-def _proportional(gradients: list[np.ndarray], outputs: list[np.ndarray]) -> bool:
+def _proportional(gradients: Sequence[Any], outputs: Sequence[Any]) -> bool:
     """Whether differences of the one are fixed weights, not negative, times those."""
-    (g1, g2), (f1, f2) = (
-        (values[0] - values[1], values[0] - values[2])
-        for values in (gradients, outputs)
-    )
+
+    def differences(values):
+        first, second, third = (np.asarray(v, np.float64) for v in values)
+        return first - second, first - third
+
+    (g1, g2), (f1, f2) = differences(gradients), differences(outputs)
     left, right = g1 * f2, g2 * f1
     scale = np.max(np.abs(left), initial=0.0)
     if not np.isfinite(scale) or scale == 0:
         return False
     same = np.max(np.abs(left - right)) < 1e-3 * scale
     return bool(same and np.min(g1 * f1) > -1e-3 * np.max(np.abs(g1 * f1)))
-
-
-def _equations_after(graph: Graph, start: int) -> list[Equation]:
-    """The equations that depend on a number, in order."""
-    reached, tail = {start}, []
-    for equation in graph.equations:
-        if any(i in reached for i in equation.inputs if isinstance(i, int)):
-            tail.append(equation)
-            reached.update(equation.outputs)
-    return tail
 
 
 def _needed_for(
@@ -274,11 +333,12 @@ def _needed_for(
       The equations, in order, and the numbers that have to be given to them.
     """
     needed = {i for e in tail for i in e.inputs if isinstance(i, int)} - {start}
+    in_tail = {number for e in tail for number in e.outputs}
     equations = []
     for equation in reversed(graph.equations):
-        made_here = not needed.isdisjoint(equation.outputs)
-        in_tail = any(equation is e for e in tail)
-        if equation.primitive is not tap_p and (made_here or in_tail):
+        outputs = set(equation.outputs)
+        wanted = not (outputs.isdisjoint(needed) and outputs.isdisjoint(in_tail))
+        if equation.primitive is not tap_p and wanted:
             equations.append(equation)
             needed.update(i for i in equation.inputs if isinstance(i, int))
     made = {start}.union(*(equation.outputs for equation in equations))

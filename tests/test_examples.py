@@ -1,0 +1,28 @@
+"""The example scripts run, and LocoProp lowers their losses."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+SCRIPTS = {
+    "resnet_linen": 4,
+    "resnet_nnx": 4,
+    "transformer_linen": 16,
+    "transformer_nnx": 16,
+    "vae": 32,
+    "gan": 4,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example(name, capsys):
+    main = importlib.import_module(f"examples.{name}").main
+    outcomes = main(["--steps=20", "--batch-size=32", f"--width={SCRIPTS[name]}"])
+    assert list(outcomes) == ["AdamW", "LocoProp"]
+    for outcome in outcomes.values():
+        assert np.all(np.isfinite([*outcome.last.values(), *outcome.held_out.values()]))
+    if name != "gan":
+        assert outcomes["LocoProp"].last["loss"] < outcomes["LocoProp"].first["loss"]
+    table = capsys.readouterr().out
+    assert all(optimizer in table for optimizer in outcomes)
