@@ -67,6 +67,12 @@ class Equation(NamedTuple):
         """How it does it."""
         return self.source.params
 
+    def holds_tap_of(self, layer: str) -> bool:
+        """Whether it is a tap of a layer, or runs one."""
+        if self.primitive is tap_p:
+            return self.params["layer"] == layer
+        return any(holds_tap(inner, layer) for inner in _sub_jaxprs(self.params))
+
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
         """Its results for the values of its inputs."""
         given = {
@@ -156,14 +162,39 @@ class Graph:
                 consumers.setdefault(number, []).append(at)
         return consumers
 
-    def after(self, start: int) -> list[Equation]:
-        """The equations that depend on a number, in order."""
+    def after(self, start: int, until: str | None = None) -> list[Equation]:
+        """The equations that depend on a number, in order.
+
+        Not those that do so by way of a tap of the layer `until` alone.
+        """
         reached, numbers = set(), [start]
         while numbers:
-            new = set(self.consumers.get(numbers.pop(), ())) - reached
-            reached |= new
-            numbers.extend(n for at in new for n in self.equations[at].outputs)
+            for at in set(self.consumers.get(numbers.pop(), ())) - reached:
+                equation = self.equations[at]
+                if until is None or not equation.holds_tap_of(until):
+                    reached.add(at)
+                    numbers.extend(equation.outputs)
         return [self.equations[at] for at in sorted(reached)]
+
+    def used_apart(self, position: int, layer: str) -> bool:
+        """Whether an input reaches a result by a product that is not its layer's own.
+
+        A penalty on the input, elementwise and summed, is no such use.
+        """
+        start = self.inputs[position]
+        apart, pending = set(), list(self.results)
+        while pending:
+            number = pending.pop()
+            maker = self.makers.get(number) if isinstance(number, int) else None
+            if maker is None or number in apart or maker.holds_tap_of(layer):
+                continue
+            apart.add(number)
+            pending.extend(maker.inputs)
+        return isinstance(start, int) and any(
+            equation.primitive.name in _PRODUCTS
+            for equation in self.after(start, until=layer)
+            if not apart.isdisjoint(equation.outputs)
+        )
 
     def origin(self, atom: Atom) -> int | None:
         """The position of the input that an operand is, but for its form; or None."""
@@ -197,6 +228,7 @@ _FORM_ONLY = {
     "squeeze",
     "transpose",
 }
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot"}
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
@@ -226,9 +258,11 @@ def bodies_of(wrap: Equation) -> Iterator[tuple[Graph, int]]:
             yield Graph.of(core.ClosedJaxpr(body, [None] * len(body.constvars))), 0
 
 
-def holds_tap(jaxpr: core.Jaxpr) -> bool:
-    """Whether a tap is among the equations, however deep."""
+def holds_tap(jaxpr: core.Jaxpr, layer: str | None = None) -> bool:
+    """Whether a tap, or one of a given layer, is among the equations, however deep."""
     return any(
-        equation.primitive is tap_p or any(map(holds_tap, _sub_jaxprs(equation.params)))
+        equation.params["layer"] == layer or layer is None
+        if equation.primitive is tap_p
+        else any(holds_tap(inner, layer) for inner in _sub_jaxprs(equation.params))
         for equation in jaxpr.eqns
     )

@@ -38,10 +38,13 @@ def survey(
       kernels: the layer of each of the trace's inputs that is a kernel.
       known: the transfer functions to look for, in the order of preference.
     """
-    found = []
-    for sighting, _, kernel in _sightings(Graph.of(closed), known, outermost=True):
-        own = kernel is not None and kernels.get(kernel) == sighting.layer
-        trouble = sighting.trouble or (None if own else _COMPUTED)
+    graph, found = Graph.of(closed), []
+    for sighting, _, kernel in _sightings(graph, known, outermost=True):
+        trouble = sighting.trouble
+        if kernel is None or kernels.get(kernel) != sighting.layer:
+            trouble = trouble or _COMPUTED
+        elif graph.used_apart(kernel, sighting.layer):
+            trouble = trouble or _TIED
         found.append(sighting._replace(trouble=trouble))
     seen = [(s.layer, s.number) for s in found]
     return [
@@ -57,6 +60,7 @@ _REPLAYED = (
     "it is called more than once through one jitted function, whose cached trace "
     "cannot tell the calls apart"
 )
+_TIED = "its kernel is also multiplied with something else, as tied weights are"
 _COMPUTED = (
     "the kernel that it uses is not its parameter itself but computed from it, or "
     "its gradient is stopped"

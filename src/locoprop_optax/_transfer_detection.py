@@ -176,13 +176,13 @@ def _on_grid(transfer: Transfer) -> np.ndarray:
 
 def _apply(transfer: Transfer, a: np.ndarray) -> np.ndarray:
     """A function's values, without compiling it where that can be avoided."""
-    closed = jax.make_jaxpr(transfer.function)(np.float32([0]))
+    closed = jax.make_jaxpr(transfer.function)(np.zeros(1, np.float32))
     if transfer.over_last_axis or not all(map(_is_elementwise, closed.jaxpr.eqns)):
         return np.asarray(transfer.function(jnp.asarray(a, jnp.float32)))
     return np.asarray(_evaluate_jaxpr(closed, [a]))
 
 
-def _rounded(number: float) -> float:
+def _rounded(number: Any) -> float:
     """A parameter that was read off float32 values."""
     return float(f"{number:.6g}")
 
@@ -299,7 +299,7 @@ def _matching_of_loss(
         return jnp.sum(values[loss])
 
     gradient = jax.jit(jax.grad(loss_of))
-    points = [1.5 * rng.standard_normal(aval.shape) for _ in range(3)]
+    points = 1.5 * rng.standard_normal((3, *aval.shape))
     gradients = [gradient(np.asarray(point, aval.dtype)) for point in points]
     for transfer in known:
         monotone = transfer.conjugate is not None
