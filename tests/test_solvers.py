@@ -123,3 +123,54 @@ def test_first_order_errors(options, error, match):
 def test_majorized_newton_errors(options, error, match):
     with pytest.raises(error, match=match):
         loco.solvers.majorized_newton(**options)
+
+
+@pytest.mark.usefixtures("float64")
+def test_exact_is_foof():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.gradient_descent(0.7),
+        solver=loco.solvers.exact(damping=0.2),
+    )
+    x = np.c_[layer.inputs, np.ones(6)]
+    gram = x.T @ x
+    damped = gram + 0.2 * np.trace(gram) / 5 * np.eye(5)
+    expected = 0.7 * np.linalg.solve(damped, x.T @ layer.cotangents)
+    found = solved(tx, params, layer)
+    np.testing.assert_allclose(found["kernel"], expected[:-1], rtol=1e-9)
+    np.testing.assert_allclose(found["bias"], expected[-1], rtol=1e-9)
+
+
+def test_exact_solves_the_squared_loss_only():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    tx = loco.scale_by_locoprop(solver=loco.solvers.exact(0.1))
+    with pytest.raises(ValueError, match=r"exact solves the squared loss, not .*tanh"):
+        solved(tx, params, layer)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e3])
+def test_limited_steps(share):
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    newton = loco.solvers.majorized_newton()
+    free = solved(loco.scale_by_locoprop(solver=newton), params, layer)
+    solver = loco.solvers.limited(newton, share)
+    found = solved(loco.scale_by_locoprop(solver=solver), params, layer)
+    ratio = optax.global_norm(found) / optax.global_norm(free)
+    for name, u in free.items():
+        np.testing.assert_allclose(found[name], ratio * u, rtol=1e-4)
+    if share < 1:
+        relative = optax.global_norm(found) / optax.global_norm(params)
+        np.testing.assert_allclose(relative, share, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(ratio, 1.0, rtol=1e-6)
+
+
+def test_limited_leaves_a_layer_of_zeros_free():
+    params, layer = random_layer(0, 6, 4, 3)
+    params = jax.tree.map(jnp.zeros_like, params)
+    solver = loco.solvers.limited(loco.solvers.majorized_newton(), 0.1)
+    found = solved(loco.scale_by_locoprop(solver=solver), params, layer)
+    assert float(optax.global_norm(found)) > 0
+    with pytest.raises(ValueError, match="max_relative_step must be positive"):
+        loco.solvers.limited(solver, 0.0)

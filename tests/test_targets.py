@@ -40,6 +40,19 @@ def test_normalized_follows_its_formula_over_batches():
         )
 
 
+def test_normalized_by_unit():
+    params, layer = random_layer(0, 6, 4, 3)
+    target = loco.targets.normalized(0.05, by_unit=True)
+    state = target.init(params["kernel"])
+    displacement, state = target.update(layer, state, jnp.zeros((), int))
+    rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2, axis=0))
+    np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
+    np.testing.assert_allclose(
+        displacement.gradient["kernel"], 0.05 * layer.gradient["kernel"] / rms
+    )
+    assert state.shape == (3,)
+
+
 @given(layers, st.floats(1e-6, 1e6))
 def test_normalized_does_not_see_the_scale_of_the_loss(drawn, scale):
     params, layer = random_layer(**drawn)

@@ -59,7 +59,7 @@ def test_step_is_traced_once(block):
         params, state, _ = step(params, state, batch)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -70,9 +70,13 @@ def test_step_is_traced_once(block):
     ],
 )
 def test_dtypes_and_structures_are_stable(make, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        assert_stable(make(), jnp.dtype(dtype))
+
+
+def assert_stable(tx, dtype):
     loss_fn, params, batch = regression(MLP(dtype=dtype, param_dtype=dtype))
     batch = jax.tree.map(lambda a: a.astype(dtype), batch)
-    tx = make()
     state = tx.init(params)
 
     def update(params, state, batch):

@@ -2,7 +2,11 @@
 
 from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
 from locoprop_optax._check import check_intermediates
-from locoprop_optax._intermediates import Intermediates, LayerIntermediates
+from locoprop_optax._intermediates import (
+    Intermediates,
+    LayerIntermediates,
+    join_intermediates,
+)
 from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
 from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
 
@@ -13,6 +17,7 @@ __all__ = [
     "LayerIntermediates",
     "ScaleByLocoPropState",
     "check_intermediates",
+    "join_intermediates",
     "linen",
     "locoprop",
     "locoprop_m",

@@ -29,6 +29,11 @@ class Grouped(Generic[T]):
         self._groups = groups
         self._values = values
 
+    @property
+    def values(self) -> tuple[T, ...]:
+        """The value of each group, as it is stacked."""
+        return self._values
+
     @classmethod
     def of(cls, layers: Mapping[str, T], stack_dims: Mapping[str, int]) -> Grouped[T]:
         """Groups layers whose values are equal in structure, shapes and dtypes."""

@@ -1,9 +1,10 @@
 """What flows from a captured forward and backward pass to an optimizer's update."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_optax._linear_maps import DENSE, LinearMap
@@ -63,3 +64,63 @@ class Intermediates:
     """
 
     layers: Mapping[str, LayerIntermediates]
+
+
+def join_intermediates(*parts: Intermediates) -> Intermediates:
+    r"""Joins the intermediates of micro-batches into those of one large batch.
+
+    For a loss that is a mean over examples and micro-batches of equal size, so that
+    gradients are averaged, this is gradient accumulation done right: with :math:`m`
+    parts, cotangents are divided by :math:`m`, gradients are averaged, and the
+    examples of all parts stand one after another. All parts belong to the same
+    parameters. (`optax.MultiSteps` keeps only the last part's intermediates.)
+
+    Args:
+      *parts: the intermediates of each micro-batch, examples on their first axis.
+
+    Returns:
+      The intermediates of the large batch.
+
+    Raises:
+      ValueError: if there is no part, or the parts' layers differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.Dense(2), jnp.eye(4)
+      >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> capture = loco.linen.value_and_grad(loss_fn)
+      >>> parts = [capture(params, part)[2] for part in (x[:2], x[2:])]
+      >>> loco.join_intermediates(*parts).layers["params"].inputs.shape
+      (4, 4)
+    """
+    if not parts:
+        raise ValueError("join_intermediates needs at least one part.")
+    paths = [set(part.layers) for part in parts]
+    if any(other != paths[0] for other in paths):
+        differing = set.union(*paths) - set.intersection(*paths)
+        raise ValueError(
+            "The parts hold different layers; not in all of them: "
+            f"{', '.join(map(repr, sorted(differing)))}."
+        )
+    return Intermediates(
+        {path: _join([part.layers[path] for part in parts]) for path in parts[0].layers}
+    )
+
+
+def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
+    first = layers[0]
+
+    def examples(*arrays):
+        return jnp.concatenate(arrays, axis=first.stack_dims)
+
+    def mean(*arrays):
+        return sum(arrays) / len(arrays)
+
+    joined = jax.tree.map(examples, *(replace(la, gradient={}) for la in layers))
+    return replace(
+        joined,
+        cotangents=joined.cotangents / len(layers),
+        gradient=jax.tree.map(mean, *(la.gradient for la in layers)),
+    )

@@ -46,7 +46,9 @@ def match_layers(
             "LocoProp's update needs `intermediates=`, each layer's inputs and "
             "cotangents. Get them with the loss and the gradients from "
             "locoprop_optax.linen.value_and_grad(loss_fn)(params, ...) and call "
-            "tx.update(grads, state, params, intermediates=intermediates)."
+            "tx.update(grads, state, params, intermediates=intermediates). If that was "
+            "done, a transformation around LocoProp drops its extra arguments: wrap it "
+            "in optax.with_extra_args_support, or put LocoProp outside it."
         )
     if not isinstance(intermediates, Intermediates):
         raise TypeError(
@@ -72,7 +74,8 @@ def _check_known(path: str, everything: Any, selection: LayerSelection) -> None:
     if path not in everything:
         raise ValueError(
             f"The intermediates hold a record of layer {path!r}, which is not in the "
-            f"parameters. Layers there: {', '.join(map(repr, everything))}."
+            f"parameters. Layers there: {', '.join(map(repr, everything))}. "
+            "Were the parameters renamed or flattened, as by optax.flatten?"
         )
     excluded = LayerSelection(include="*", exclude=selection.exclude)
     if not excluded.is_local(path, everything[path]):

@@ -136,3 +136,120 @@ def squared_l2(strength: ScalarOrSchedule) -> SquaredL2:
     """
     check_not_negative("strength", strength)
     return SquaredL2(strength)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WeightDecay:
+    r"""The penalty :math:`\tfrac12 \lambda \lVert \theta_0 + \Delta \rVert^2`.
+
+    Attributes:
+      strength: :math:`\lambda`, or a schedule of it.
+    """
+
+    strength: ScalarOrSchedule
+
+    @property
+    def curvature(self) -> float | Array:
+        r"""The second derivative :math:`\lambda`."""
+        assert not callable(self.strength)
+        return self.strength
+
+    def at(self, count: Array) -> "WeightDecay":
+        """The same with its strength at step `count`."""
+        return replace(self, strength=at(self.strength, count))
+
+    def value(self, step: LayerParams, params: LayerParams) -> Float[Array, ""]:
+        """The penalty, summed over the layer's parameters."""
+        squares = sum(jnp.sum((params[name] + s) ** 2) for name, s in step.items())
+        return jnp.asarray(0.5 * self.curvature * squares)
+
+    def gradient(self, step: LayerParams, params: LayerParams) -> LayerParams:
+        r"""The vector :math:`\lambda (\theta_0 + \Delta)`."""
+        return {name: self.curvature * (params[name] + s) for name, s in step.items()}
+
+
+def weight_decay(strength: ScalarOrSchedule) -> WeightDecay:
+    r"""Weight decay inside the local problem.
+
+    .. math::
+      R(\Delta) = \tfrac12 \lambda \lVert \theta_0 + \Delta \rVert^2
+
+    Unlike decay applied after the step, the solver weighs it against the local loss.
+
+    Args:
+      strength: :math:`\lambda \ge 0`, a float or a schedule.
+
+    Returns:
+      The regularizer.
+
+    Raises:
+      ValueError: if `strength` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import locoprop_optax as loco
+      >>> r = loco.regularizers.weight_decay(0.5)
+      >>> float(r.value({"kernel": jnp.zeros(1)}, {"kernel": jnp.array([2.0])}))
+      1.0
+    """
+    check_not_negative("strength", strength)
+    return WeightDecay(strength)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
+    """The sum of several penalties.
+
+    Attributes:
+      parts: the penalties.
+    """
+
+    parts: tuple[Regularizer, ...]
+
+    @property
+    def curvature(self) -> float | Array | None:
+        """The sum of the bounds; None if a part has none."""
+        total: float | Array = 0.0
+        for part in self.parts:
+            if part.curvature is None:
+                return None
+            total = total + part.curvature
+        return total
+
+    def at(self, count: Array) -> "Sum":
+        """The same with each part at step `count`."""
+        return Sum(tuple(part.at(count) for part in self.parts))
+
+    def value(self, step: LayerParams, params: LayerParams) -> Float[Array, ""]:
+        """The sum of the parts' values."""
+        return jnp.asarray(sum(part.value(step, params) for part in self.parts))
+
+    def gradient(self, step: LayerParams, params: LayerParams) -> LayerParams:
+        """The sum of the parts' gradients."""
+        gradients = [part.gradient(step, params) for part in self.parts]
+        return {name: jnp.asarray(sum(g[name] for g in gradients)) for name in step}
+
+
+def sum_of(*parts: Regularizer) -> Sum:
+    """The sum of several regularizers.
+
+    Args:
+      *parts: the regularizers, at least one.
+
+    Returns:
+      The regularizer.
+
+    Raises:
+      ValueError: if there is none.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> r = loco.regularizers
+      >>> r.sum_of(r.squared_l2(1.0), r.weight_decay(0.5)).curvature
+      1.5
+    """
+    if not parts:
+        raise ValueError("sum_of needs at least one regularizer.")
+    return Sum(parts)

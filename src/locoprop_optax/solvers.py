@@ -17,10 +17,13 @@ from locoprop_optax._hyperparams import (
     at,
     check_count,
     check_not_negative,
+    check_positive,
 )
 from locoprop_optax._inverse import inverse
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._local_problem import LocalProblem, LocalProblems, at_least_float32
+from locoprop_optax._transfers import IDENTITY
+from locoprop_optax.losses import MatchingLoss
 
 OptimizerFromRate: TypeAlias = Callable[[Any], optax.GradientTransformation]
 
@@ -171,6 +174,91 @@ def majorized_newton(num_steps: int = 2, damping: ScalarOrSchedule = 0.1) -> Sol
         return step, state
 
     return Solver(lambda params: (), solve)
+
+
+def exact(damping: ScalarOrSchedule = 0.0) -> Solver:
+    r"""The solution of the squared loss, in closed form.
+
+    .. math::
+      \Delta = -(x^\top x + \lambda I)^{-1} x^\top \delta
+
+    with the displacement :math:`\delta`, which is the natural gradient of the layer's
+    inputs (FOOF; the input-side factor of K-FAC). It is one step of
+    `majorized_newton`, whose bound is the squared loss itself.
+
+    Args:
+      damping: :math:`\lambda` relative to the mean eigenvalue of :math:`x^\top x`, at
+        least 0; a float or a schedule. With 0 the regularizer has to make the problem
+        definite.
+
+    Returns:
+      The solver.
+
+    Raises:
+      ValueError: if `damping` is negative; when a step is traced, if the local loss is
+        not `losses.squared_loss()`.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> foof = loco.scale_by_locoprop(
+      ...     loss=loco.losses.squared_loss(),
+      ...     target=loco.targets.gradient_descent(1.0),
+      ...     solver=loco.solvers.exact(damping=0.1))
+
+    References:
+      Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order
+      Optimization <https://arxiv.org/abs/2201.12250>`_, 2022.
+    """
+    one_step = majorized_newton(1, damping)
+
+    def solve(problems, state, count):
+        for problem in problems.grouped.values:
+            if problem.loss != MatchingLoss(IDENTITY):
+                raise ValueError(
+                    f"exact solves the squared loss, not {problem.loss}. Use it with "
+                    "losses.squared_loss(), or use solvers.majorized_newton."
+                )
+        return one_step.solve(problems, state, count)
+
+    return Solver(one_step.init, solve)
+
+
+def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
+    r"""Another solver's steps, none longer than a share of the layer's parameters.
+
+    .. math::
+      \Delta \leftarrow \min\!\left(1,\
+      \rho \frac{\lVert \theta_0 \rVert}{\lVert \Delta \rVert}\right) \Delta
+
+    Args:
+      solver: the other solver.
+      max_relative_step: :math:`\rho > 0`, a float or a schedule.
+
+    Returns:
+      The solver. A layer whose parameters are all zero is not limited.
+
+    Raises:
+      ValueError: if `max_relative_step` is not positive.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> solver = loco.solvers.limited(loco.solvers.majorized_newton(), 0.1)
+    """
+    check_positive("max_relative_step", max_relative_step)
+
+    def solve(problems, state, count):
+        share = at(max_relative_step, count)
+
+        def limit(problem, step):
+            size, length = optax.global_norm(problem.params), optax.global_norm(step)
+            within = (length <= share * size) | (size == 0)
+            factor = jnp.where(within, 1.0, share * size / length)
+            return {name: factor.astype(s.dtype) * s for name, s in step.items()}
+
+        step, state = solver.solve(problems, state, count)
+        return problems.map(limit, step), state
+
+    return Solver(solver.init, solve)
 
 
 def _solve_layer(problem: LocalProblem, num_steps: int, damping: Any) -> LayerParams:

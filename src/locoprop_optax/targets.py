@@ -83,11 +83,13 @@ def gradient_descent(learning_rate: ScalarOrSchedule) -> Target:
     return Target(lambda kernel: (), update)
 
 
-def normalized(learning_rate: ScalarOrSchedule, decay: float = 0.9) -> Target:
+def normalized(
+    learning_rate: ScalarOrSchedule, decay: float = 0.9, *, by_unit: bool = False
+) -> Target:
     r"""A step of the same relative length in every layer.
 
     With :math:`n` rows, the per-example cotangents :math:`n g` are divided by their
-    running root mean square, one number a layer:
+    running root mean square, one number a layer or one a unit:
 
     .. math::
       t = f(a_0) - \gamma \frac{n g}{\sqrt{\hat v}}, \qquad
@@ -100,10 +102,13 @@ def normalized(learning_rate: ScalarOrSchedule, decay: float = 0.9) -> Target:
     Args:
       learning_rate: the relative distance :math:`\gamma > 0`, a float or a schedule.
       decay: :math:`\beta` in [0, 1). 0 takes each batch by itself.
+      by_unit: whether each unit, an entry of the output's last axis, has a number of
+        its own. Default False: one number for the layer.
 
     Returns:
       The target. Its state is :math:`v`, in an array of shape `kernel.shape[:-2]`:
-      one number, or one for each layer of a scanned stack.
+      one number, or one for each layer of a scanned stack; with `by_unit` it has the
+      kernel's last axis, too.
 
     Raises:
       ValueError: if `learning_rate` is not positive or `decay` not in [0, 1).
@@ -117,13 +122,17 @@ def normalized(learning_rate: ScalarOrSchedule, decay: float = 0.9) -> Target:
         raise ValueError(f"decay must be in [0, 1), got {decay}.")
 
     def init(kernel):
-        return jnp.zeros(kernel.shape[:-2], jnp.promote_types(kernel.dtype, "float32"))
+        shape = kernel.shape[:-2] + kernel.shape[-1:] * by_unit
+        return jnp.zeros(shape, jnp.promote_types(kernel.dtype, "float32"))
 
     def update(layer, state, count):
         rows = math.prod(layer.cotangents.shape[:-1])
-        mean_square = rows**2 * jnp.mean(layer.cotangents.astype(state.dtype) ** 2)
+        per_example = rows * layer.cotangents.astype(state.dtype)
+        axes = tuple(range(per_example.ndim - by_unit))
+        mean_square = jnp.mean(per_example**2, axis=axes)
         state = decay * state + (1 - decay) * mean_square
-        unbiased = jnp.ravel(state)[0] / (1 - decay ** (count + 1.0))
+        moment = state.reshape(-1, *mean_square.shape)[0]
+        unbiased = moment / (1 - decay ** (count + 1.0))
         per_rms = jnp.where(unbiased > 0, jax.lax.rsqrt(unbiased), 0.0)
         scale = at(learning_rate, count) * rows * per_rms
         return _scaled(layer, scale.astype(state.dtype)), state

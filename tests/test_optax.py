@@ -1,0 +1,213 @@
+"""LocoProp inside the transformations of Optax.
+
+Each either equals what a hand-written loop gives, or raises an error that explains.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from optax import contrib
+
+import locoprop_optax as loco
+from tests.helpers import regression, train_step
+
+BLOCK = loco.locoprop(0.2, momentum=None)
+
+
+def train(tx, steps=4, **extra):
+    """Parameters after some steps, and the optimizer's state."""
+    loss_fn, params, batch = regression()
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        given = {"value": loss, **extra}
+        updates, state = tx.update(
+            grads, state, params, intermediates=intermediates, **given
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def by_hand(change=lambda k, updates: updates, steps=4):
+    """Parameters after a loop in which each step's updates are changed by hand."""
+    loss_fn, params, batch = regression()
+    state = BLOCK.init(params)
+    for k in range(steps):
+        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        updates, state = BLOCK.update(grads, state, params, intermediates=intermediates)
+        params = optax.apply_updates(params, change(k, updates))
+    return params
+
+
+def only(name):
+    return lambda k, updates: {
+        layer: jax.tree.map(lambda u, on=layer == name: u if on else 0 * u, leaves)
+        for layer, leaves in updates.items()
+    }
+
+
+def mask(name):
+    _, params, _ = regression()
+    return {
+        layer: dict.fromkeys(leaves, layer == name) for layer, leaves in params.items()
+    }
+
+
+HALF = optax.scale(0.5)
+EQUAL = {
+    "chain": (optax.chain(BLOCK, HALF), lambda k, u: jax.tree.map(lambda x: x / 2, u)),
+    "named_chain": (
+        optax.named_chain(("loco", BLOCK), ("half", HALF)),
+        lambda k, u: jax.tree.map(lambda x: x / 2, u),
+    ),
+    "masked": (
+        optax.chain(
+            optax.masked(BLOCK, mask("first")),
+            optax.masked(optax.set_to_zero(), mask("second")),
+        ),
+        only("first"),
+    ),
+    "partition": (
+        optax.partition({True: BLOCK, False: optax.set_to_zero()}, mask("second")),
+        only("second"),
+    ),
+    "multi_transform": (
+        optax.multi_transform(
+            {True: BLOCK, False: optax.set_to_zero()}, mask("second")
+        ),
+        only("second"),
+    ),
+    "freeze": (
+        optax.chain(BLOCK, optax.transforms.freeze(mask("first"))),
+        only("second"),
+    ),
+    "apply_if_finite": (optax.apply_if_finite(BLOCK, 3), lambda k, u: u),
+    "conditionally_transform": (
+        optax.conditionally_transform(BLOCK, lambda step: step >= 0),
+        lambda k, u: u,
+    ),
+    "conditionally_mask": (
+        optax.conditionally_mask(BLOCK, lambda step: step < 2),
+        lambda k, u: jax.tree.map(lambda x: x * (k < 2), u),
+    ),
+    "snapshot": (
+        optax.chain(BLOCK, optax.snapshot("norm", optax.global_norm)),
+        lambda k, u: u,
+    ),
+    "monitor": (
+        optax.chain(BLOCK, optax.monitor({"norm": optax.global_norm})),
+        lambda k, u: u,
+    ),
+    "reduce_on_plateau": (
+        optax.chain(BLOCK, contrib.reduce_on_plateau()),
+        lambda k, u: u,
+    ),
+    "scale_by_schedule": (
+        optax.chain(BLOCK, optax.scale_by_schedule(lambda k: 1 / (1 + k))),
+        lambda k, u: jax.tree.map(lambda x: x / (1 + k), u),
+    ),
+    "with_extra_args_support": (optax.with_extra_args_support(BLOCK), lambda k, u: u),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equals_a_loop_by_hand(name):
+    tx, change = EQUAL[name]
+    chex.assert_trees_all_close(train(tx)[0], by_hand(change), rtol=2e-4, atol=1e-5)
+
+
+def test_conditionally_transform_skips_the_block():
+    tx = optax.conditionally_transform(BLOCK, lambda step: step < 0)
+    loss_fn, params, batch = regression()
+    raw = jax.grad(loss_fn)(params, batch)
+    after, _ = train(tx, steps=1)
+    chex.assert_trees_all_close(
+        after, jax.tree.map(jnp.add, params, raw), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_apply_if_finite_skips_a_broken_batch():
+    loss_fn, params, (x, y) = regression()
+    tx = optax.apply_if_finite(loco.locoprop(), 3)
+    state = tx.init(params)
+    step = jax.jit(train_step(loss_fn, tx))
+    after, state, _ = step(params, state, (x.at[0, 0].set(jnp.nan), y))
+    chex.assert_trees_all_equal(after, params)
+    after, state, _ = step(params, state, (x, y))
+    assert not jnp.allclose(after["first"]["kernel"], params["first"]["kernel"])
+    assert all(bool(jnp.all(jnp.isfinite(p))) for p in jax.tree.leaves(after))
+
+
+def test_injected_schedules_reach_every_number():
+    def make(learning_rate, gamma, damping, strength):
+        return loco.locoprop(
+            learning_rate,
+            momentum=None,
+            target=loco.targets.normalized(gamma),
+            regularizer=loco.regularizers.squared_l2(strength),
+            solver=loco.solvers.majorized_newton(damping=damping),
+        )
+
+    def linear(start, end):
+        return optax.linear_schedule(start, end, 4)
+
+    numbers = [(0.3, 0.1), (0.1, 0.05), (0.2, 0.1), (0.1, 0.3)]
+    injected = optax.inject_hyperparams(make)(*(linear(*n) for n in numbers))
+    inside = make(*(linear(*n) for n in numbers))
+    chex.assert_trees_all_close(train(injected)[0], train(inside)[0], rtol=1e-4)
+    assert float(train(injected)[1].hyperparams["gamma"]) < 0.1
+
+
+def test_schedule_free_trains():
+    tx = contrib.schedule_free(loco.locoprop(0.3, momentum=None), 0.3, b1=0.9)
+    loss_fn, params, batch = regression()
+    trained, state = train(tx, steps=40)
+    evaluated = contrib.schedule_free_eval_params(state, trained)
+    assert loss_fn(evaluated, batch) < 0.7 * loss_fn(params, batch)
+
+
+def test_flattened_parameters_are_an_error_that_explains():
+    with pytest.raises(ValueError, match=r"'first', which is not.*optax.flatten"):
+        train(optax.flatten(loco.scale_by_locoprop()))
+
+
+def test_dropped_extra_arguments_are_an_error_that_explains():
+    inner = loco.locoprop()
+    dropping = optax.GradientTransformation(
+        inner.init, lambda updates, state, params: inner.update(updates, state, params)
+    )
+    with pytest.raises(TypeError, match="drops its extra arguments"):
+        train(optax.with_extra_args_support(dropping))
+
+
+@pytest.mark.parametrize("tx", [loco.locoprop(), loco.locoprop_m(1e-3)])
+def test_joined_micro_batches_equal_the_large_batch(tx):
+    loss_fn, params, (x, y) = regression(batch=12)
+    capture = loco.linen.value_and_grad(loss_fn)
+    _, grads, whole = capture(params, (x, y))
+    parts = [capture(params, (x[i : i + 4], y[i : i + 4])) for i in (0, 4, 8)]
+    joined = loco.join_intermediates(*(part[2] for part in parts))
+    mean_grads = jax.tree.map(lambda *g: sum(g) / 3, *(part[1] for part in parts))
+    chex.assert_trees_all_close(joined, whole, rtol=1e-4, atol=1e-6)
+    results = [
+        tx.update(g, tx.init(params), params, intermediates=i)[0]
+        for g, i in ((grads, whole), (mean_grads, joined))
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-6)
+
+
+def test_joining_different_layers_names_them():
+    loss_fn, params, batch = regression()
+    _, _, whole = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, _, part = loco.linen.value_and_grad(loss_fn, exclude="first")(params, batch)
+    with pytest.raises(ValueError, match="not in all of them: 'first'"):
+        loco.join_intermediates(whole, part)
+    with pytest.raises(ValueError, match="at least one part"):
+        loco.join_intermediates()
