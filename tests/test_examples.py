@@ -18,7 +18,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example(name, capsys):
     main = importlib.import_module(f"examples.{name}").main
-    outcomes = main(["--steps=20", "--batch-size=32", f"--width={SCRIPTS[name]}"])
+    outcomes = main(["--steps=12", "--batch-size=16", f"--width={SCRIPTS[name]}"])
     assert list(outcomes) == ["AdamW", "LocoProp"]
     for outcome in outcomes.values():
         assert np.all(np.isfinite([*outcome.last.values(), *outcome.held_out.values()]))

@@ -98,11 +98,11 @@ EQUAL = {
         lambda k, u: jax.tree.map(lambda x: x * (k < 2), u),
     ),
     "snapshot": (
-        optax.chain(BLOCK, optax.snapshot("norm", optax.global_norm)),
+        optax.chain(BLOCK, optax.snapshot("norm", optax.tree.norm)),
         lambda k, u: u,
     ),
     "monitor": (
-        optax.chain(BLOCK, optax.monitor({"norm": optax.global_norm})),
+        optax.chain(BLOCK, optax.monitor({"norm": optax.tree.norm})),
         lambda k, u: u,
     ),
     "reduce_on_plateau": (

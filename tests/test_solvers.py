@@ -156,11 +156,11 @@ def test_limited_steps(share):
     free = solved(loco.scale_by_locoprop(solver=newton), params, layer)
     solver = loco.solvers.limited(newton, share)
     found = solved(loco.scale_by_locoprop(solver=solver), params, layer)
-    ratio = optax.global_norm(found) / optax.global_norm(free)
+    ratio = optax.tree.norm(found) / optax.tree.norm(free)
     for name, u in free.items():
         np.testing.assert_allclose(found[name], ratio * u, rtol=1e-4)
     if share < 1:
-        relative = optax.global_norm(found) / optax.global_norm(params)
+        relative = optax.tree.norm(found) / optax.tree.norm(params)
         np.testing.assert_allclose(relative, share, rtol=1e-4)
     else:
         np.testing.assert_allclose(ratio, 1.0, rtol=1e-6)
@@ -171,6 +171,6 @@ def test_limited_leaves_a_layer_of_zeros_free():
     params = jax.tree.map(jnp.zeros_like, params)
     solver = loco.solvers.limited(loco.solvers.majorized_newton(), 0.1)
     found = solved(loco.scale_by_locoprop(solver=solver), params, layer)
-    assert float(optax.global_norm(found)) > 0
+    assert float(optax.tree.norm(found)) > 0
     with pytest.raises(ValueError, match="max_relative_step must be positive"):
         loco.solvers.limited(solver, 0.0)

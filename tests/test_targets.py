@@ -40,6 +40,16 @@ def test_normalized_follows_its_formula_over_batches():
         )
 
 
+def test_normalized_takes_as_many_rows_as_a_large_image_has():
+    params, layer = random_layer(0, 50_000, 2, 1)
+    target = loco.targets.normalized(0.05)
+    displacement, _ = target.update(
+        layer, target.init(params["kernel"]), jnp.zeros((), jnp.int32)
+    )
+    rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2))
+    np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
+
+
 def test_normalized_by_unit():
     params, layer = random_layer(0, 6, 4, 3)
     target = loco.targets.normalized(0.05, by_unit=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -35,15 +35,29 @@ class Grouped(Generic[T]):
         return self._values
 
     @classmethod
-    def of(cls, layers: Mapping[str, T], stack_dims: Mapping[str, int]) -> Grouped[T]:
-        """Groups layers whose values are equal in structure, shapes and dtypes."""
+    def of(
+        cls,
+        layers: Mapping[str, T],
+        stack_dims: Mapping[str, int],
+        alone: Collection[str] = (),
+    ) -> Grouped[T]:
+        """Groups layers whose values are equal in structure, shapes and dtypes.
+
+        Args:
+          layers: the values by path.
+          stack_dims: how many leading axes of each value count stacked layers.
+          alone: the layers that are not to be stacked with others.
+        """
         alike: dict[Any, list[str]] = {}
         for path, value in layers.items():
             leaves, structure = jax.tree.flatten(value)
             avals = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-            key = (structure, avals, stack_dims[path])
+            apart = path if path in alone else None
+            key = (structure, avals, stack_dims[path], apart)
             alike.setdefault(key, []).append(path)
-        groups = tuple(_Group(tuple(paths), key[2]) for key, paths in alike.items())
+        groups = tuple(
+            _Group(tuple(paths), stack_dims[paths[0]]) for paths in alike.values()
+        )
         return cls(groups, tuple(_stack([layers[p] for p in g.paths]) for g in groups))
 
     def like(self, layers: Mapping[str, S]) -> Grouped[S]:

@@ -27,6 +27,11 @@ from locoprop_optax._layers import LayerParams
 class LinearMap(Protocol):
     """A layer, linear in its parameters; hashable, so that equal layers are found."""
 
+    @property
+    def stacks(self) -> bool:
+        """Whether equal layers are solved faster stacked than one by one."""
+        ...
+
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The pre-activation that the parameters give."""
         ...
@@ -56,6 +61,7 @@ class Product:
     """
 
     spec: str
+    stacks = True
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """Computes the product and adds the bias; what is not given counts as zero."""
@@ -173,6 +179,7 @@ class Channelwise:
     forward: Callable[[LayerParams, Array], Array]
     groups: int = 1
     channel_axis: int = -1
+    stacks = False
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The layer's own forward function."""

@@ -134,7 +134,11 @@ def scale_by_locoprop(
                 regularizer=now,
             )
 
-        grouped = Grouped.of(layers, {p: la.stack_dims for p, la in layers.items()})
+        grouped = Grouped.of(
+            layers,
+            stack_dims={path: layer.stack_dims for path, layer in layers.items()},
+            alone=[p for p, layer in layers.items() if not layer.linear_map.stacks],
+        )
         target_states = layers_of(state.target, like=local)
         posed, new_target_states = grouped.map(
             pose_layer,

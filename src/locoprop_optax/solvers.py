@@ -250,7 +250,7 @@ def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
         share = at(max_relative_step, count)
 
         def limit(problem, step):
-            size, length = optax.global_norm(problem.params), optax.global_norm(step)
+            size, length = optax.tree.norm(problem.params), optax.tree.norm(step)
             within = (length <= share * size) | (size == 0)
             factor = jnp.where(within, 1.0, share * size / length)
             return {name: factor.astype(s.dtype) * s for name, s in step.items()}

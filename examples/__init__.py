@@ -1,0 +1,1 @@
+"""Short training scripts, one for each kind of model."""

@@ -1,0 +1,113 @@
+"""A small residual network with batch normalization in NNX, on images of digits."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import optax
+from flax import nnx
+
+import locoprop_optax as loco
+from examples import _training
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and the normalization of its output."""
+
+    def __init__(self, inputs, outputs, size, stride, rngs):
+        window = (size, size)
+        self.conv = nnx.Conv(inputs, outputs, window, stride, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From features to features."""
+        return self.norm(self.conv(x))
+
+
+class Block(nnx.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, inputs, outputs, stride, rngs):
+        self.first = ConvNorm(inputs, outputs, 3, stride, rngs)
+        self.second = ConvNorm(outputs, outputs, 3, 1, rngs)
+        same = inputs == outputs and stride == 1
+        self.around = None if same else ConvNorm(inputs, outputs, 1, stride, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From features to features."""
+        h = self.second(nnx.relu(self.first(x)))
+        return nnx.relu(h + (x if self.around is None else self.around(x)))
+
+
+class ResNet(nnx.Module):
+    """A stem, three blocks and a linear classifier."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.stem = ConvNorm(1, width, 3, 2, rngs)
+        shapes = (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)
+        self.blocks = nnx.List(Block(*shape, rngs) for shape in shapes)
+        self.classifier = nnx.Linear(2 * width, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From images to the logits of their classes."""
+        x = nnx.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(x.mean((1, 2)))
+
+
+def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+    """AdamW and LocoProp, with the settings found for `resnet_linen`."""
+    schedule = partial(_training.warm_up_and_decay, steps=steps)
+    return {
+        "AdamW": optax.adamw(schedule(6e-2)),
+        "LocoProp": loco.locoprop(
+            schedule(0.1),
+            target=loco.targets.normalized(0.5),
+            solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
+            fallback=optax.adamw(schedule(3e-2)),
+        ),
+    }
+
+
+def loss_fn(model: ResNet, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean cross-entropy over the batch."""
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@nnx.jit
+def train_step(state, images, labels):
+    """One step; AdamW has no use for the intermediates, and ignores them."""
+    model, optimizer = state
+    loss, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, images, labels)
+    optimizer.update(model, grads, intermediates=intermediates)
+    return state, {"loss": loss}
+
+
+@nnx.jit
+def evaluate(state, images, labels):
+    """The loss with the running statistics."""
+    model, _ = state
+    return {"loss": loss_fn(nnx.view(model, use_running_average=True), images, labels)}
+
+
+def start(width: int, tx: optax.GradientTransformation):
+    """A model, always with the same weights, and its optimizer."""
+    model = ResNet(width, nnx.Rngs(0))
+    tx = optax.with_extra_args_support(tx)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]:
+    """Trains with each optimizer."""
+    options = _training.parse(__doc__, arguments, steps=200, batch_size=128, width=8)
+    data = _training.labeled_images(options.data_dir)
+    states = {
+        name: start(options.width, tx) for name, tx in optimizers(options.steps).items()
+    }
+    return _training.compare(states, train_step, evaluate, data, options)
+
+
+if __name__ == "__main__":
+    main()
