@@ -182,19 +182,14 @@ class Graph:
         A penalty on the input, elementwise and summed, is no such use.
         """
         start = self.inputs[position]
-        apart, pending = set(), list(self.results)
-        while pending:
-            number = pending.pop()
-            maker = self.makers.get(number) if isinstance(number, int) else None
-            if maker is None or number in apart or maker.holds_tap_of(layer):
-                continue
-            apart.add(number)
-            pending.extend(maker.inputs)
-        return isinstance(start, int) and any(
-            equation.primitive.name in _PRODUCTS
-            for equation in self.after(start, until=layer)
-            if not apart.isdisjoint(equation.outputs)
-        )
+        if not isinstance(start, int):
+            return False
+        multiplied: set[Atom] = set()
+        for equation in self.after(start, until=layer):
+            is_product = equation.primitive.name in _PRODUCTS
+            if is_product or not multiplied.isdisjoint(equation.inputs):
+                multiplied.update(equation.outputs)
+        return not multiplied.isdisjoint(self.results)
 
     def origin(self, atom: Atom) -> int | None:
         """The position of the input that an operand is, but for its form; or None."""
