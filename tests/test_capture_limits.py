@@ -124,7 +124,7 @@ def test_kernel_that_is_used_elsewhere_too(by_layer):
         transposed = params["one"]["kernel"].T
         if by_layer:
             return jnp.sum(layer.apply({"params": {"kernel": transposed}}, hidden) ** 2)
-        return jnp.sum((hidden @ transposed) ** 2)
+        return jnp.sum(2.0 * (hidden @ transposed) ** 2)
 
     with pytest.raises(ValueError, match=r"'one' cannot.*as tied weights are.*exclude"):
         loco.linen.value_and_grad(loss_fn)(params)

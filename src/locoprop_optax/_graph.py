@@ -184,12 +184,12 @@ class Graph:
         start = self.inputs[position]
         if not isinstance(start, int):
             return False
-        multiplied: set[Atom] = set()
+        multiplied: set[int] = set()
         for equation in self.after(start, until=layer):
-            is_product = equation.primitive.name in _PRODUCTS
-            if is_product or not multiplied.isdisjoint(equation.inputs):
+            numbers = (atom for atom in equation.inputs if isinstance(atom, int))
+            if equation.primitive.name in _PRODUCTS or multiplied & set(numbers):
                 multiplied.update(equation.outputs)
-        return not multiplied.isdisjoint(self.results)
+        return any(isinstance(r, int) and r in multiplied for r in self.results)
 
     def origin(self, atom: Atom) -> int | None:
         """The position of the input that an operand is, but for its form; or None."""

@@ -178,7 +178,7 @@ def _apply(transfer: Transfer, a: np.ndarray) -> np.ndarray:
     """A function's values, without compiling it where that can be avoided."""
     closed = jax.make_jaxpr(transfer.function)(np.zeros(1, np.float32))
     if transfer.over_last_axis or not all(map(_is_elementwise, closed.jaxpr.eqns)):
-        return np.asarray(transfer.function(jnp.asarray(a, jnp.float32)))
+        return np.asarray(jax.jit(transfer.function)(np.float32(a)))
     return np.asarray(_evaluate_jaxpr(closed, [a]))
 
 
