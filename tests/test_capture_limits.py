@@ -101,7 +101,7 @@ class CalledThroughOneJit(nn.Module):
         (BehindCustomVjp(), "layer", "a custom derivative rule around it hides it"),
         (WeightNormed(), "layer", "not its parameter itself but computed from it"),
         (Frozen(), "layer", "its gradient is stopped"),
-        (CalledThroughOneJit(), "layer", "called more than once through one jitted"),
+        (CalledThroughOneJit(), "layer", "a jitted function's cached trace"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
@@ -124,7 +124,8 @@ def test_kernel_that_is_used_elsewhere_too(by_layer):
         transposed = params["one"]["kernel"].T
         if by_layer:
             return jnp.sum(layer.apply({"params": {"kernel": transposed}}, hidden) ** 2)
-        return jnp.sum(2.0 * (hidden @ transposed) ** 2)
+        product = jax.jit(jnp.matmul)(hidden, transposed)
+        return jnp.sum(2.0 * product**2)
 
     with pytest.raises(ValueError, match=r"'one' cannot.*as tied weights are.*exclude"):
         loco.linen.value_and_grad(loss_fn)(params)
@@ -291,3 +292,101 @@ def test_nnx_has_aux_and_exclude():
     assert set(intermediates.layers) == {"layers/1"}
     shown = loco.nnx.tabulate(loss_fn, has_aux=True, exclude="layers/0")(model, X)
     assert "excluded" in shown
+
+
+class Standardized(nn.Conv):
+    """A convolution whose kernel is standardized: not linear in its parameter."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value / jnp.std(value) if name == "kernel" else value
+
+
+class Tripled(nnx.Linear):
+    def __call__(self, x):
+        return 3 * super().__call__(x)
+
+
+@loco.linen.register_linear
+class ThroughSuper(nn.Dense):
+    """A subclass that calls its base and is registered as linear."""
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+def test_subclasses_are_of_an_unknown_kind():
+    image = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    capture, params = capture_of(Standardized(4, (3, 3)), image)
+    assert capture(params)[2].layers == {}
+    model = nnx.Sequential(
+        Tripled(6, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 2, rngs=nnx.Rngs(1))
+    )
+    _, _, intermediates = loco.nnx.value_and_grad(lambda m, x: jnp.sum(m(x) ** 2))(
+        model, X
+    )
+    assert set(intermediates.layers) == {"layers/1"}
+
+
+def test_a_call_of_super_is_no_call_of_its_own():
+    capture, params = capture_of(nn.Sequential([ThroughSuper(3), nn.tanh]))
+    _, grads, intermediates = capture(params)
+    assert intermediates.layers["layers_0"].inputs.shape == X.shape
+    loco.check_intermediates(params, grads, intermediates)
+
+
+def test_calls_that_cannot_be_joined():
+    class Twice(nn.Module):
+        specs: tuple[str, str]
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Einsum((6, 6), None, use_bias=False, name="layer")
+            for spec in self.specs:
+                x = nn.tanh(layer(x, spec))
+            return x
+
+    capture, params = capture_of(Twice(("bi,io->bo", "bi,oi->bo")))
+    with pytest.raises(ValueError, match=r"'layer' cannot.*different things"):
+        capture(params)
+    capture, params = capture_of(Twice(("ib,io->ob", "ib,io->ob")), X.T)
+    with pytest.raises(ValueError, match="first axis does not count them"):
+        capture(params)
+
+
+def test_one_example_through_a_shared_layer():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(6, name="layer")
+            return layer(nn.tanh(layer(x)))
+
+    capture, params = capture_of(Shared(), X[0])
+    _, grads, intermediates = capture(params)
+    assert intermediates.layers["layer"].inputs.shape == (2, 6)
+    loco.check_intermediates(params, grads, intermediates)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda x: nn.Dense(3, use_bias=False)(0 * x),
+        lambda x: nn.DenseGeneral(4, axis=-1, batch_dims=0, use_bias=False)(
+            x.reshape(2, 2, 6).at[1].set(0)
+        ),
+    ],
+)
+def test_layers_without_any_input_stay_where_they_are(build):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return build(x)
+
+    capture, params = capture_of(Model())
+    _, grads, intermediates = capture(params)
+    tx = loco.locoprop()
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    (update,) = jax.tree.leaves(updates)
+    assert bool(jnp.all(jnp.isfinite(update)))
+    assert float(jnp.max(jnp.abs(update[-1]))) == 0

@@ -24,7 +24,7 @@ from locoprop_optax._layers import (
     matches,
     split_key_path,
 )
-from locoprop_optax._linear_maps import DENSE, LinearMap
+from locoprop_optax._linear_maps import DENSE, LinearMap, concatenate_examples
 from locoprop_optax._survey import Sighting, survey
 from locoprop_optax._transfer_detection import Finding
 from locoprop_optax._transfers import (
@@ -149,21 +149,21 @@ class Capture(NamedTuple):
     ) -> LayerIntermediates:
         """The layer's intermediates, several calls joined along their examples."""
         first, *more = (records[str(number)] for number in self.calls)
-        record = jax.tree.map(self._join, first, *more) if more else first
+        linear_map = next(iter(self.calls.values())).linear_map
+
+        def join(*arrays):
+            return concatenate_examples(linear_map, arrays, len(self.stack))
+
+        record = jax.tree.map(join, first, *more) if more else first
         return LayerIntermediates(
             inputs=record.inputs,
             preactivations=record.preactivations,
             cotangents=record.cotangents,
             gradient=gradient,
             transfer=self.finding.transfer,
-            linear_map=next(iter(self.calls.values())).linear_map,
+            linear_map=linear_map,
             stack_dims=len(self.stack),
         )
-
-    def _join(self, *arrays: jax.Array) -> jax.Array:
-        if len({a.shape for a in arrays}) > 1:
-            arrays = tuple(a.reshape(*self.stack, -1, a.shape[-1]) for a in arrays)
-        return jnp.concatenate(arrays, axis=len(self.stack))
 
 
 def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:
@@ -220,8 +220,15 @@ def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:
                 "`exclude=`, here and in the optimizer, to leave it to the fallback."
             )
     ordered = sorted(sightings, key=lambda s: s.number)
-    shapes = {s.note.inputs.shape for s in ordered}
-    if len(shapes) > 1 and any(s.note.linear_map != DENSE for s in ordered):
+    shapes = {s.note.inputs.shape[1:] for s in ordered}
+    maps = {s.note.linear_map for s in ordered}
+    if len(maps) > 1:
+        raise ValueError(
+            f"Layer {path!r} cannot be captured: its calls compute different things, "
+            f"{' and '.join(sorted(map(str, maps)))}. Name it in `exclude=`, here and "
+            "in the optimizer, to leave it to the fallback."
+        )
+    if len(shapes) > 1 and maps != {DENSE}:
         raise ValueError(
             f"Layer {path!r} cannot be captured: it is called with inputs of shapes "
             f"{' and '.join(map(str, sorted(shapes)))}. Name it in `exclude=`, here "

@@ -187,7 +187,7 @@ class Graph:
         multiplied: set[int] = set()
         for equation in self.after(start, until=layer):
             numbers = (atom for atom in equation.inputs if isinstance(atom, int))
-            if equation.primitive.name in _PRODUCTS or multiplied & set(numbers):
+            if _multiplies(equation.source) or multiplied & set(numbers):
                 multiplied.update(equation.outputs)
         return any(isinstance(r, int) and r in multiplied for r in self.results)
 
@@ -251,6 +251,15 @@ def bodies_of(wrap: Equation) -> Iterator[tuple[Graph, int]]:
     else:
         for body in _sub_jaxprs(wrap.params):
             yield Graph.of(core.ClosedJaxpr(body, [None] * len(body.constvars))), 0
+
+
+def _multiplies(equation: core.JaxprEqn) -> bool:
+    """Whether an equation is a product, or calls one."""
+    return equation.primitive.name in _PRODUCTS or any(
+        _multiplies(inner)
+        for jaxpr in _sub_jaxprs(equation.params)
+        for inner in jaxpr.eqns
+    )
 
 
 def holds_tap(jaxpr: core.Jaxpr, layer: str | None = None) -> bool:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_optax._linear_maps import DENSE, LinearMap
+from locoprop_optax._linear_maps import DENSE, LinearMap, concatenate_examples
 from locoprop_optax._transfers import IDENTITY, Transfer
 
 
@@ -113,7 +112,7 @@ def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
     first = layers[0]
 
     def examples(*arrays):
-        return jnp.concatenate(arrays, axis=first.stack_dims)
+        return concatenate_examples(first.linear_map, arrays, first.stack_dims)
 
     def mean(*arrays):
         return sum(arrays) / len(arrays)

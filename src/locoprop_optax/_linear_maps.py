@@ -20,6 +20,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from opt_einsum.parser import parse_einsum_input
 
 from locoprop_optax._layers import LayerParams
 
@@ -87,7 +88,7 @@ class Product:
         """The kernel's axes sorted into groups, what is summed, and outputs."""
         groups, summed, outputs = self._kernel_axes
         kernel = params["kernel"]
-        k = jnp.einsum(f"{self._axes}->{groups}{summed}{outputs}", kernel)
+        k = jnp.einsum(f"{self.axes}->{groups}{summed}{outputs}", kernel)
         split = len(groups), len(groups) + len(summed)
         shape = (k.shape[: split[0]], k.shape[split[0] : split[1]], k.shape[split[1] :])
         matrix = k.reshape([math.prod(part) for part in shape])
@@ -102,38 +103,45 @@ class Product:
     ) -> LayerParams:
         """Puts the axes back to where they were."""
         groups, summed, outputs = self._kernel_axes
-        sizes = dict(zip(self._axes, like["kernel"].shape, strict=True))
+        sizes = dict(zip(self.axes, like["kernel"].shape, strict=True))
 
         def restore(part, axes, to):
             return jnp.einsum(f"{axes}->{to}", part.reshape([sizes[a] for a in axes]))
 
         rows = math.prod(sizes[axis] for axis in summed)
-        kernel = restore(matrix[:, :rows], groups + summed + outputs, self._axes)
+        kernel = restore(matrix[:, :rows], groups + summed + outputs, self.axes)
         if "bias" not in like:
             return {"kernel": kernel}
         bias = restore(matrix[:, rows], groups + outputs, self._bias_axes)
         return {"kernel": kernel, "bias": bias}
 
     @property
-    def _axes(self) -> str:
+    def axes(self) -> str:
+        """The kernel's axes."""
         return self.spec.split("->")[0].split(",")[1]
 
     @property
     def _bias_axes(self) -> str:
         output = self.spec.split("->")[1]
-        return "".join(axis for axis in output if axis in self._axes)
+        return "".join(axis for axis in output if axis in self.axes)
 
     @property
     def _kernel_axes(self) -> tuple[str, str, str]:
         """The kernel's axes that are groups, that are summed, and that are outputs."""
         sides, output = self.spec.split("->")
         inputs = sides.split(",")[0]
-        groups = "".join(a for a in self._axes if a in inputs and a in output)
-        summed = "".join(a for a in self._axes if a in inputs and a not in output)
-        return groups, summed, "".join(a for a in self._axes if a not in inputs)
+        groups = "".join(a for a in self.axes if a in inputs and a in output)
+        summed = "".join(a for a in self.axes if a in inputs and a not in output)
+        return groups, summed, "".join(a for a in self.axes if a not in inputs)
 
 
 DENSE = Product("...i,io->...o")
+
+
+def explicit_product(spec: str, inputs: Array, kernel: Array) -> Product:
+    """The product of an einsum, its ellipses written out for these operands."""
+    sides, output, _ = parse_einsum_input((spec.replace(" ", ""), inputs, kernel))
+    return Product(f"{sides}->{output}")
 
 
 def dense_general(
@@ -227,6 +235,26 @@ class Channelwise:
             {"bias": entries[-1].reshape(like["bias"].shape)} if "bias" in like else {}
         )
         return {"kernel": kernel, **bias}
+
+
+def concatenate_examples(
+    linear_map: LinearMap, arrays: Sequence[Array], stack_dims: int
+) -> Array:
+    """Puts the examples of several calls or micro-batches one after another.
+
+    Raises:
+      ValueError: if the layer's first axis does not count examples.
+    """
+    if linear_map == DENSE:
+        stack = arrays[0].shape[:stack_dims]
+        arrays = [a.reshape(*stack, -1, a.shape[-1]) for a in arrays]
+    elif isinstance(linear_map, Product) and linear_map.spec[0] in linear_map.axes:
+        raise ValueError(
+            f"Examples of a product {linear_map.spec!r} cannot be put one after "
+            "another, since its first axis does not count them. Call the layer once, "
+            "or name it in `exclude=`."
+        )
+    return jnp.concatenate(arrays, axis=stack_dims)
 
 
 def check_channelwise(

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from opt_einsum.parser import parse_einsum_input
 
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._linear_maps import (
     DENSE,
     Channelwise,
     LinearMap,
-    Product,
     check_channelwise,
     dense_general,
+    explicit_product,
 )
 
 
@@ -70,7 +69,7 @@ def register_linear(
 
 
 def linear_map_of(
-    module: nn.Module, params: Mapping[str, jax.Array], args: tuple[Any, ...]
+    module: Any, params: Mapping[str, jax.Array], args: tuple[Any, ...]
 ) -> LinearMap | None:
     """How a module's output depends on its parameters; None if that is not known."""
     if type(module) in _REGISTERED:
@@ -80,22 +79,21 @@ def linear_map_of(
         return linear_map
     if "kernel" not in params or set(params) - {"kernel", "bias"}:
         return None
-    if isinstance(module, nn.Dense | nn.DenseGeneral):
+    kind: Any = type(module)  # a subclass may compute something else
+    if kind in (nn.Dense, nn.DenseGeneral):
         if module.dot_general is not None or module.dot_general_cls is not None:
             return None
-        if isinstance(module, nn.Dense):
+        if kind is nn.Dense:
             return DENSE
         features = 1 if isinstance(module.features, int) else len(module.features)
         ndim = jnp.ndim(args[0])
         return dense_general(ndim, module.batch_dims, module.axis, features)
-    if isinstance(module, nn.Einsum):
+    if kind is nn.Einsum:
         spec = next((a for a in args[1:] if isinstance(a, str)), module.einsum_str)
-        operands = (str(spec).replace(" ", ""), args[0], params["kernel"])
-        sides, output, _ = parse_einsum_input(operands)
-        return Product(f"{sides}->{output}")
-    if isinstance(module, nn.Conv) and module.mask is None:
+        return explicit_product(str(spec), args[0], params["kernel"])
+    if kind is nn.Conv and module.mask is None:
         return Channelwise(_forward(module, params), module.feature_group_count)
-    if isinstance(module, nn.ConvTranspose) and module.mask is None:
+    if kind is nn.ConvTranspose and module.mask is None:
         axis = -2 if module.transpose_kernel else -1
         return Channelwise(_forward(module, params), channel_axis=axis)
     return None

@@ -57,8 +57,8 @@ def survey(
 
 _BROADCAST = "its parameters are broadcast across {}, so its records would be summed"
 _REPLAYED = (
-    "it is called more than once through one jitted function, whose cached trace "
-    "cannot tell the calls apart"
+    "a call of it comes from a jitted function's cached trace, which cannot be told "
+    "from another call; use the function without jit inside the loss"
 )
 _TIED = "its kernel is also multiplied with something else, as tied weights are"
 _COMPUTED = (

@@ -29,7 +29,6 @@ _SHAPE_ONLY = {
     "reshape",
     "sharding_constraint",
     "squeeze",
-    "transpose",
 }
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,

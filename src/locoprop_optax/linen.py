@@ -201,6 +201,7 @@ def _record(
 def _intercepted(handle: Callable[..., jax.Array]) -> Iterator[None]:
     """Passes the output of each call of a probed layer through `handle`."""
     calls: dict[str, int] = {}
+    active: set[str] = set()
 
     def interceptor(next_fun, args, kwargs, context):
         scope = context.module.scope
@@ -208,10 +209,14 @@ def _intercepted(handle: Callable[..., jax.Array]) -> Iterator[None]:
             return next_fun(*args, **kwargs)
         owned = scope.variables().get("params", {})
         key = next((k for k in owned if k.startswith(_PROBE)), None)
-        output = next_fun(*args, **kwargs)
-        if key is None:
-            return output
-        path = key.removeprefix(_PROBE)
+        path = key and key.removeprefix(_PROBE)
+        if path is None or path in active:  # not local, or a call of super()
+            return next_fun(*args, **kwargs)
+        active.add(path)
+        try:
+            output = next_fun(*args, **kwargs)
+        finally:
+            active.remove(path)
         calls[path] = number = calls.get(path, -1) + 1
         inputs = (*args, *kwargs.values())
         return handle(context.module, path, number, owned, inputs, output)

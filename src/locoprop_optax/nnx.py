@@ -221,13 +221,18 @@ def _with_probes(model: Any, probes: Mapping[str, Any]) -> Any:
 def _intercepted(model: Any, handle: Callable[..., Any]) -> Iterator[None]:
     """Passes the output of each call of a probed layer through `handle`."""
     calls: dict[str, int] = {}
+    active: set[str] = set()
 
     def intercept(call):
         def intercepted_call(self, *args, **kwargs):
-            output = call(self, *args, **kwargs)
-            if not hasattr(self, "locoprop_probe"):
-                return output
-            path = self.locoprop_path
+            path = getattr(self, "locoprop_path", None)
+            if path is None or path in active:  # not local, or a call of super()
+                return call(self, *args, **kwargs)
+            active.add(path)
+            try:
+                output = call(self, *args, **kwargs)
+            finally:
+                active.remove(path)
             calls[path] = number = calls.get(path, -1) + 1
             return handle(self, number, (*args, *kwargs.values()), output)
 

@@ -4,7 +4,7 @@ A regularizer is a function :math:`R` of the step :math:`\Delta = \theta - \thet
 and of :math:`\theta_0`, added to the local loss.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import jax
@@ -39,13 +39,16 @@ class Regularizer(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SquaredL2:
-    r"""The penalty :math:`\tfrac12 \lambda \lVert \Delta \rVert^2`.
+    r"""The penalty :math:`\tfrac12 \lambda \lVert \theta - c \rVert^2`.
 
     Attributes:
       strength: :math:`\lambda`, or a schedule of it.
+      from_zero: whether :math:`c = 0`, as in weight decay; else :math:`c = \theta_0`,
+        and the penalty is on the step.
     """
 
     strength: ScalarOrSchedule
+    from_zero: bool = field(default=False, metadata={"static": True})
 
     @property
     def curvature(self) -> float | Array:
@@ -59,14 +62,18 @@ class SquaredL2:
 
     def value(self, step: LayerParams, params: LayerParams) -> Float[Array, ""]:
         """The penalty, summed over the layer's parameters."""
-        del params
-        squares = sum(jnp.sum(s**2) for s in step.values())
-        return jnp.asarray(0.5 * self.curvature * squares)
+        offsets = self._offsets(step, params).values()
+        return jnp.asarray(0.5 * self.curvature * sum(jnp.sum(o**2) for o in offsets))
 
     def gradient(self, step: LayerParams, params: LayerParams) -> LayerParams:
-        r"""The vector :math:`\lambda \Delta`."""
-        del params
-        return {name: self.curvature * s for name, s in step.items()}
+        r"""The vector :math:`\lambda (\theta - c)`."""
+        offsets = self._offsets(step, params).items()
+        return {name: self.curvature * offset for name, offset in offsets}
+
+    def _offsets(self, step: LayerParams, params: LayerParams) -> LayerParams:
+        if not self.from_zero:
+            return step
+        return {name: params[name] + s for name, s in step.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -138,38 +145,7 @@ def squared_l2(strength: ScalarOrSchedule) -> SquaredL2:
     return SquaredL2(strength)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WeightDecay:
-    r"""The penalty :math:`\tfrac12 \lambda \lVert \theta_0 + \Delta \rVert^2`.
-
-    Attributes:
-      strength: :math:`\lambda`, or a schedule of it.
-    """
-
-    strength: ScalarOrSchedule
-
-    @property
-    def curvature(self) -> float | Array:
-        r"""The second derivative :math:`\lambda`."""
-        assert not callable(self.strength)
-        return self.strength
-
-    def at(self, count: Array) -> "WeightDecay":
-        """The same with its strength at step `count`."""
-        return replace(self, strength=at(self.strength, count))
-
-    def value(self, step: LayerParams, params: LayerParams) -> Float[Array, ""]:
-        """The penalty, summed over the layer's parameters."""
-        squares = sum(jnp.sum((params[name] + s) ** 2) for name, s in step.items())
-        return jnp.asarray(0.5 * self.curvature * squares)
-
-    def gradient(self, step: LayerParams, params: LayerParams) -> LayerParams:
-        r"""The vector :math:`\lambda (\theta_0 + \Delta)`."""
-        return {name: self.curvature * (params[name] + s) for name, s in step.items()}
-
-
-def weight_decay(strength: ScalarOrSchedule) -> WeightDecay:
+def weight_decay(strength: ScalarOrSchedule) -> SquaredL2:
     r"""Weight decay inside the local problem.
 
     .. math::
@@ -194,7 +170,7 @@ def weight_decay(strength: ScalarOrSchedule) -> WeightDecay:
       1.0
     """
     check_not_negative("strength", strength)
-    return WeightDecay(strength)
+    return SquaredL2(strength, from_zero=True)
 
 
 @jax.tree_util.register_dataclass

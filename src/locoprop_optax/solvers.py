@@ -266,15 +266,21 @@ def _solve_layer(problem: LocalProblem, num_steps: int, damping: Any) -> LayerPa
     bound, penalty = problem.loss.curvature, problem.regularizer.curvature
     if bound is None or penalty is None:
         lacking = problem.loss if bound is None else problem.regularizer
+        transfer = getattr(lacking, "transfer", None)
+        name = f"the matching loss of {transfer.name!r}" if transfer else lacking
         raise ValueError(
-            f"majorized_newton needs a bound on the curvature of {lacking}, which "
-            "has none. Use solvers.first_order, or a Transfer with derivative_bound."
+            f"majorized_newton needs a bound on the curvature of {name}, which has "
+            "none. Use solvers.first_order, a Transfer with derivative_bound, or "
+            "transfers={path: 'identity'} where the layer is captured."
         )
     gram = _gram(problem)
     size = gram.shape[-1]
     mean_eigenvalue = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / size
     strength = damping * bound * mean_eigenvalue
-    hessian = bound * gram + (strength + penalty) * jnp.eye(size, dtype=gram.dtype)
+    # Without any input there is nothing to solve; the identity keeps the step at zero.
+    empty = (mean_eigenvalue == 0) & (jnp.asarray(penalty) == 0)
+    diagonal = strength + penalty + empty
+    hessian = bound * gram + diagonal * jnp.eye(size, dtype=gram.dtype)
     newton = jax.vmap(inverse)(hessian)
     to_matrix = problem.linear_map.to_matrix
 

@@ -106,9 +106,9 @@ def normalized(
         its own. Default False: one number for the layer.
 
     Returns:
-      The target. Its state is :math:`v`, in an array of shape `kernel.shape[:-2]`:
-      one number, or one for each layer of a scanned stack; with `by_unit` it has the
-      kernel's last axis, too.
+      The target. Its state is :math:`v`, in an array of shape `kernel.shape[:-2]`,
+      which has room for one number for each layer of a scanned stack; with `by_unit`
+      it has the kernel's last axis, too.
 
     Raises:
       ValueError: if `learning_rate` is not positive or `decay` not in [0, 1).
@@ -130,11 +130,19 @@ def normalized(
         per_example = rows * layer.cotangents.astype(state.dtype)
         axes = tuple(range(per_example.ndim - by_unit))
         mean_square = jnp.mean(per_example**2, axis=axes)
+        if by_unit and state.shape[-1] != mean_square.size:
+            raise ValueError(
+                f"normalized(by_unit=True): a kernel's last axis counts "
+                f"{state.shape[-1]}, but its layer's output has {mean_square.size} "
+                "units. Use by_unit=False for such a layer."
+            )
         state = decay * state + (1 - decay) * mean_square
         moment = state.reshape(-1, *mean_square.shape)[0]
         unbiased = moment / (1 - decay ** (count + 1.0))
         per_rms = jnp.where(unbiased > 0, jax.lax.rsqrt(unbiased), 0.0)
-        scale = at(learning_rate, count) * rows * per_rms
-        return _scaled(layer, scale.astype(state.dtype)), state
+        scale = (at(learning_rate, count) * rows * per_rms).astype(state.dtype)
+        if by_unit:
+            return Displacement(scale * layer.cotangents), state
+        return _scaled(layer, scale), state
 
     return Target(init, update)
