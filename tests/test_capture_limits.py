@@ -390,3 +390,38 @@ def test_layers_without_any_input_stay_where_they_are(build):
     (update,) = jax.tree.leaves(updates)
     assert bool(jnp.all(jnp.isfinite(update)))
     assert float(jnp.max(jnp.abs(update[-1]))) == 0
+
+
+def test_nnx_arguments_that_hold_state():
+    class Teacher(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    def loss_fn(model, teacher, x, rngs):
+        noise = jax.random.normal(rngs.noise(), x.shape)
+        return jnp.mean((model(x + noise) - teacher(x)) ** 2)
+
+    results = []
+    for value_and_grad in (nnx.value_and_grad, loco.nnx.value_and_grad):
+        model, teacher = nnx.Linear(6, 6, rngs=nnx.Rngs(1)), Teacher()
+        rngs = nnx.Rngs(noise=2)
+        loss, grads, *_ = value_and_grad(loss_fn)(model, teacher, X, rngs)
+        states = nnx.state(teacher), nnx.state(rngs, nnx.RngCount)
+        results.append((loss, nnx.as_pure(grads), *map(nnx.as_pure, states)))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_boxed_parameters():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Sequential([nn.Dense(3, kernel_init=init), nn.tanh])
+    capture, params = capture_of(model)
+    _, grads, intermediates = capture(params)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    loco.check_intermediates(params, grads, intermediates)
+    tx = loco.locoprop()
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)

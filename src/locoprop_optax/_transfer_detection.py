@@ -102,7 +102,11 @@ def find_transfer(
     with jax.ensure_compile_time_eval():
         if outermost and (found := _matching_of_loss(graph, tap, known)):
             return Finding(found, "the loss is its matching loss")
-        return _elementwise_consumer(graph, tap, known)
+        finding = _elementwise_consumer(graph, tap, known)
+    size = math.prod(graph.avals[tap.outputs[0]].shape)
+    if outermost and finding.transfer == IDENTITY and size > _LARGEST_TEST:
+        return Finding(IDENTITY, "too large to test the loss; name it in transfers=")
+    return finding
 
 
 def _elementwise_consumer(

@@ -259,7 +259,8 @@ def _discover(
     anchors = {p: a for p, a in anchors_of(params).items() if not matches(exclude, p)}
 
     def discover(module, path, number, owned, args, output):
-        leaves = {n: leaf for n, leaf in owned.items() if not n.startswith(_PROBE)}
+        boxed = {n: leaf for n, leaf in owned.items() if not n.startswith(_PROBE)}
+        leaves = nn.meta.unbox(boxed)
         linear_map = linear_map_of(module, leaves, args)
         if linear_map is None:
             return output

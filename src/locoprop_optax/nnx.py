@@ -95,15 +95,20 @@ def value_and_grad(
 
         def probed_loss(params, probes):
             copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
+            others = _copied(args), _copied(kwargs)
             with _intercepted(copy, _record):
-                result = loss_fn(copy, *args, **kwargs)
+                result = loss_fn(copy, *others[0].values(), **others[1])
             loss, aux = result if has_aux else (result, None)
-            return loss, (aux, nnx.state(copy, nnx.Not(nnx.Param)))
+            changed = nnx.state(copy, nnx.Not(nnx.Param)), *map(_states, others)
+            return loss, (aux, changed)
 
         (loss, (aux, changed)), (grads, records) = jax.value_and_grad(
             probed_loss, argnums=(0, 1), has_aux=True
         )(params, probes)
-        nnx.update(model, changed)
+        nnx.update(model, changed[0])
+        for given, states in ((args, changed[1]), (kwargs, changed[2])):
+            for key, state in states.items():
+                nnx.update(given[key], state)
         gradients = layers_of(grads)
         layers = {
             path: capture.collect(records[path], gradients[path])
@@ -194,10 +199,25 @@ def _discover(
     def tapped_loss(params, probes):
         copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
         with _intercepted(copy, discover):
-            result = loss_fn(copy, *args, **kwargs)
+            result = loss_fn(copy, *_copied(args).values(), **_copied(kwargs))
         return result[0] if has_aux else result
 
     return plan(jax.make_jaxpr(tapped_loss)(params, anchors), params, transfers)
+
+
+def _copied(arguments: Any) -> dict[Any, Any]:
+    """The arguments by position or name, copies of those that hold state."""
+    items = arguments if isinstance(arguments, dict) else dict(enumerate(arguments))
+    return {
+        key: nnx.clone(value) if isinstance(value, nnx.Pytree) else value
+        for key, value in items.items()
+    }
+
+
+def _states(arguments: dict[Any, Any]) -> dict[Any, nnx.State]:
+    """The states of those arguments that hold any."""
+    held = {k: v for k, v in arguments.items() if isinstance(v, nnx.Pytree)}
+    return {key: nnx.state(value) for key, value in held.items()}
 
 
 def _record(module: Any, number: int, args: tuple[Any, ...], output: Any) -> Any:
