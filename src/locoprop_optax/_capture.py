@@ -213,27 +213,25 @@ def plan(
 
 def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:
     """A layer's sightings in the order of its calls, if all its records are whole."""
+
+    def refuse(reason: str) -> None:
+        raise ValueError(
+            f"Layer {path!r} cannot be captured: {reason}. Name it in `exclude=`, here "
+            "and in the optimizer, to leave it to the fallback."
+        )
+
     for sighting in sightings:
         if sighting.trouble is not None:
-            raise ValueError(
-                f"Layer {path!r} cannot be captured: {sighting.trouble}. Name it in "
-                "`exclude=`, here and in the optimizer, to leave it to the fallback."
-            )
+            refuse(sighting.trouble)
     ordered = sorted(sightings, key=lambda s: s.number)
     shapes = {s.note.inputs.shape[1:] for s in ordered}
     maps = {s.note.linear_map for s in ordered}
     if len(maps) > 1:
-        raise ValueError(
-            f"Layer {path!r} cannot be captured: its calls compute different things, "
-            f"{' and '.join(sorted(map(str, maps)))}. Name it in `exclude=`, here and "
-            "in the optimizer, to leave it to the fallback."
-        )
+        different = " and ".join(sorted(map(str, maps)))
+        refuse(f"its calls compute different things, {different}")
     if len(shapes) > 1 and maps != {DENSE}:
-        raise ValueError(
-            f"Layer {path!r} cannot be captured: it is called with inputs of shapes "
-            f"{' and '.join(map(str, sorted(shapes)))}. Name it in `exclude=`, here "
-            "and in the optimizer, to leave it to the fallback."
-        )
+        several = " and ".join(map(str, sorted(shapes)))
+        refuse(f"it is called with inputs whose examples have the shapes {several}")
     return ordered
 
 
