@@ -1,9 +1,13 @@
+import os
+
 import jax
 import pytest
 from hypothesis import settings
 
-settings.register_profile("default", deadline=None, max_examples=25)
-settings.load_profile("default")
+# The suite gives the same verdict every time; HYPOTHESIS_PROFILE=explore looks further.
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def test_gradient_steps_on_the_squared_loss(drawn, gamma, num_steps):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
 
-@given(layers, st.floats(0.01, 0.3), strengths)
+@given(layers, st.floats(0.01, 0.3), st.floats(0.5, 5.0))
 def test_exact_matching_loss_is_stationary(drawn, gamma, lam):
     params, layer = random_layer(**drawn)
     tx = loco.scale_by_locoprop(
