@@ -15,7 +15,7 @@ def test_gradient_descent_is_gamma_times_the_cotangents(drawn, gamma):
     params, layer = random_layer(**drawn)
     target = loco.targets.gradient_descent(gamma)
     state = target.init(params["kernel"])
-    displacement, _ = target.update(layer, state, jnp.zeros((), int))
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
     np.testing.assert_allclose(displacement.outputs, gamma * layer.cotangents)
     np.testing.assert_allclose(
         displacement.gradient["kernel"], gamma * layer.gradient["kernel"]
@@ -30,7 +30,7 @@ def test_normalized_follows_its_formula_over_batches():
     for k in range(4):
         n = 6 + k
         _, layer = random_layer(k, n, 4, 3)
-        displacement, state = target.update(layer, state, jnp.asarray(k))
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
         per_example = n * np.asarray(layer.cotangents)
         moment = decay * moment + (1 - decay) * np.mean(per_example**2)
         scale = gamma / np.sqrt(moment / (1 - decay ** (k + 1)))
@@ -44,7 +44,7 @@ def test_normalized_takes_as_many_rows_as_a_large_image_has():
     params, layer = random_layer(0, 50_000, 2, 1)
     target = loco.targets.normalized(0.05)
     displacement, _ = target.update(
-        layer, target.init(params["kernel"]), jnp.zeros((), jnp.int32)
+        layer, None, target.init(params["kernel"]), jnp.zeros((), jnp.int32)
     )
     rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2))
     np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
@@ -54,13 +54,13 @@ def test_normalized_by_unit():
     params, layer = random_layer(0, 6, 4, 3)
     target = loco.targets.normalized(0.05, by_unit=True)
     state = target.init(params["kernel"])
-    displacement, state = target.update(layer, state, jnp.zeros((), int))
+    displacement, state = target.update(layer, None, state, jnp.zeros((), int))
     rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2, axis=0))
     np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
     assert displacement.gradient is None, "to be computed"
     assert state.shape == (3,)
     with pytest.raises(ValueError, match=r"last axis counts 4, but .* 3 units"):
-        target.update(layer, target.init(params["kernel"].T), jnp.zeros((), int))
+        target.update(layer, None, target.init(params["kernel"].T), jnp.zeros((), int))
 
 
 @given(layers, st.floats(1e-6, 1e6))
@@ -72,6 +72,7 @@ def test_normalized_does_not_see_the_scale_of_the_loss(drawn, scale):
             loco.LayerIntermediates(
                 layer.inputs, layer.preactivations, s * layer.cotangents, {}
             ),
+            None,
             target.init(params["kernel"]),
             jnp.zeros((), int),
         )[0].outputs
@@ -87,7 +88,7 @@ def test_normalized_leaves_a_layer_without_gradient_where_it_is():
     )
     target = loco.targets.normalized(0.1)
     displacement, _ = target.update(
-        silent, target.init(params["kernel"]), jnp.zeros((), int)
+        silent, None, target.init(params["kernel"]), jnp.zeros((), int)
     )
     np.testing.assert_array_equal(displacement.outputs, 0)
 

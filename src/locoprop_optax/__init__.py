@@ -2,9 +2,11 @@
 
 from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
 from locoprop_optax._check import check_intermediates
+from locoprop_optax._diagnostics import LayerDiagnostics, diagnostics_of
 from locoprop_optax._intermediates import (
     Intermediates,
     LayerIntermediates,
+    add_sampled_cotangents,
     join_intermediates,
 )
 from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
@@ -14,9 +16,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Intermediates",
+    "LayerDiagnostics",
     "LayerIntermediates",
     "ScaleByLocoPropState",
+    "add_sampled_cotangents",
     "check_intermediates",
+    "diagnostics_of",
     "join_intermediates",
     "linen",
     "locoprop",

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from locoprop_optax._dtypes import at_least_float32
 from locoprop_optax._intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._layers import LayerParams, LayerSelection, layers_of
-from locoprop_optax._local_problem import at_least_float32
 from locoprop_optax._matching import match_layers
 
 

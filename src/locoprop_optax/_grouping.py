@@ -8,6 +8,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from locoprop_optax._layers import LayerError
+
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -66,7 +68,11 @@ class Grouped(Generic[T]):
         return Grouped(self._groups, stacked)
 
     def map(self, function: Callable[..., S], *others: Grouped[Any]) -> Grouped[S]:
-        """Applies a function of single layers' values to every layer."""
+        """Applies a function of single layers' values to every layer.
+
+        Raises:
+          ValueError: for a `LayerError` of the function, with the layers' names.
+        """
         results = []
         for group, *values in zip(
             self._groups, self._values, *(g._values for g in others), strict=True
@@ -74,13 +80,21 @@ class Grouped(Generic[T]):
             mapped = function
             for _ in range(group.stack_dims + (len(group.paths) > 1)):
                 mapped = jax.vmap(mapped)
-            results.append(mapped(*values))
+            try:
+                results.append(mapped(*values))
+            except LayerError as error:
+                names = ", ".join(map(repr, group.paths))
+                raise ValueError(f"Layer {names}: {error}") from error
         return Grouped(self._groups, tuple(results))
 
     def unzip(self) -> tuple[Grouped[Any], ...]:
         """Parts values that are tuples into one `Grouped` for each element."""
         parts = zip(*self._values, strict=True)  # pyright: ignore
         return tuple(Grouped(self._groups, part) for part in parts)
+
+    def stacks(self) -> list[str]:
+        """The layers that are stacks of layers, in one array each."""
+        return [path for g in self._groups if g.stack_dims for path in g.paths]
 
     def to_layers(self) -> dict[str, T]:
         """The values by layer path."""

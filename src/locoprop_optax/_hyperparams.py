@@ -27,6 +27,12 @@ def check_not_negative(name: str, value: ScalarOrSchedule) -> None:
         raise ValueError(f"{name} must not be negative, got {value}.")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise a `ValueError` for a number that is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
 def check_count(name: str, value: int) -> None:
     """Raise unless `value` is a Python integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):

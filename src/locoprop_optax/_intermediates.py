@@ -26,6 +26,8 @@ class LayerIntermediates:
         parameters by name, so that the first local step costs nothing.
       targets: the local targets, in the space that the local loss compares; None
         (the default) leaves them to the optimizer's `target`.
+      sampled_cotangents: cotangents of the same layer for labels that are sampled
+        from the model's own output, see `add_sampled_cotangents`. Default: None.
       transfer: the function applied to the pre-activation. Default: identity.
       linear_map: how the pre-activation depends on the parameters. Default: a
         product with the kernel plus a bias.
@@ -38,6 +40,7 @@ class LayerIntermediates:
     cotangents: Float[Array, "*n d_out"]
     gradient: Mapping[str, Array]
     targets: Float[Array, "*n d_out"] | None = None
+    sampled_cotangents: Float[Array, "*m d_out"] | None = None
     transfer: Transfer = field(default=IDENTITY, metadata={"static": True})
     linear_map: LinearMap = field(default=DENSE, metadata={"static": True})
     stack_dims: int = field(default=0, metadata={"static": True})
@@ -96,6 +99,67 @@ def join_intermediates(*parts: Intermediates) -> Intermediates:
     """
     if not parts:
         raise ValueError("join_intermediates needs at least one part.")
+    _check_same_layers(*parts)
+    return Intermediates(
+        {path: _join([part.layers[path] for part in parts]) for path in parts[0].layers}
+    )
+
+
+def add_sampled_cotangents(
+    intermediates: Intermediates, sampled: Intermediates
+) -> Intermediates:
+    r"""Adds cotangents for labels that are sampled from the model's own output.
+
+    Their second moment is the Fisher matrix of the layer's output, which for a
+    likelihood in its natural parameters is the Gauss-Newton matrix,
+
+    .. math::
+      \operatorname{E}_{y \sim p(\cdot | x)} \big[ g\, g^\top \big],
+
+    where that of the cotangents for the true labels is only the empirical one.
+    `targets.natural_gradient` and `targets.gauss_newton` use them. Under `jit` the
+    forward pass of both captures is computed once.
+
+    Args:
+      intermediates: from the loss.
+      sampled: from the loss with sampled labels, at the same parameters. It may hold
+        other examples, or several labels for each.
+
+    Returns:
+      The first with the second's cotangents beside its own.
+
+    Raises:
+      ValueError: if the layers differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> import locoprop_optax as loco
+      >>> model, x, y = nn.Dense(2), jnp.eye(4, 3), jnp.ones((4, 2))
+      >>> loss_fn = lambda params, x, y: 0.5 * jnp.mean(
+      ...     jnp.sum((model.apply(params, x) - y) ** 2, axis=-1))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> capture = loco.linen.value_and_grad(loss_fn)
+      >>> _, _, intermediates = capture(params, x, y)
+      >>> labels = model.apply(params, x) + jax.random.normal(jax.random.key(1), (4, 2))
+      >>> _, _, sampled = capture(params, x, labels)
+      >>> both = loco.add_sampled_cotangents(intermediates, sampled)
+      >>> both.layers["params"].sampled_cotangents.shape
+      (4, 2)
+
+    References:
+      Martens, Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 2.
+    """
+    _check_same_layers(intermediates, sampled)
+    return Intermediates(
+        {
+            path: replace(layer, sampled_cotangents=sampled.layers[path].cotangents)
+            for path, layer in intermediates.layers.items()
+        }
+    )
+
+
+def _check_same_layers(*parts: Intermediates) -> None:
     paths = [set(part.layers) for part in parts]
     if any(other != paths[0] for other in paths):
         differing = set.union(*paths) - set.intersection(*paths)
@@ -103,9 +167,6 @@ def join_intermediates(*parts: Intermediates) -> Intermediates:
             "The parts hold different layers; not in all of them: "
             f"{', '.join(map(repr, sorted(differing)))}."
         )
-    return Intermediates(
-        {path: _join([part.layers[path] for part in parts]) for path in parts[0].layers}
-    )
 
 
 def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
@@ -118,8 +179,10 @@ def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
         return sum(arrays) / len(arrays)
 
     joined = jax.tree.map(examples, *(replace(la, gradient={}) for la in layers))
+    sampled = joined.sampled_cotangents
     return replace(
         joined,
         cotangents=joined.cotangents / len(layers),
+        sampled_cotangents=None if sampled is None else sampled / len(layers),
         gradient=jax.tree.map(mean, *(la.gradient for la in layers)),
     )

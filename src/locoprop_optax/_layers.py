@@ -15,6 +15,10 @@ PathPattern: TypeAlias = str | Sequence[str] | Callable[[str], bool]
 LayerParams: TypeAlias = Mapping[str, jax.Array]
 
 
+class LayerError(ValueError):
+    """What is wrong with a layer, to be told with its name."""
+
+
 def matches(pattern: PathPattern | None, path: str) -> bool:
     """Whether a path fits a glob, one of several globs, or a predicate."""
     if pattern is None:
@@ -92,6 +96,29 @@ def anchor(leaves: Mapping[str, Any]) -> str:
     if "kernel" in leaves:
         return "kernel"
     return max(sorted(leaves), key=lambda name: getattr(leaves[name], "ndim", 0))
+
+
+def per_layer(values: Mapping[str, Any], params: Any) -> Any:
+    """A tree like the parameters that has each layer's value at its anchor.
+
+    All other places hold a `MaskedNode`.
+    """
+    anchors = {path: anchor(leaves) for path, leaves in layers_of(params).items()}
+
+    def place(key_path, leaf):
+        del leaf
+        path, name = split_key_path(key_path)
+        chosen = path in values and name == anchors[path]
+        return values[path] if chosen else optax.MaskedNode()
+
+    return tree_map_with_key_path(place, params)
+
+
+def layer_values(tree: Any, params: Any) -> dict[str, Any]:
+    """The inverse of `per_layer`, for the layers that are not masked."""
+    held = layers_of(tree, like=params)
+    seen = visible(layers_of(params))
+    return {path: held[path][anchor(leaves)] for path, leaves in seen.items()}
 
 
 def visible(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -237,6 +237,12 @@ class Channelwise:
         return {"kernel": kernel, **bias}
 
 
+def counts_examples_first(linear_map: LinearMap) -> bool:
+    """Whether the first axis of a layer's inputs and outputs counts examples."""
+    product = isinstance(linear_map, Product)
+    return not (product and linear_map.spec[0] in linear_map.axes)
+
+
 def concatenate_examples(
     linear_map: LinearMap, arrays: Sequence[Array], stack_dims: int
 ) -> Array:
@@ -248,11 +254,11 @@ def concatenate_examples(
     if linear_map == DENSE:
         stack = arrays[0].shape[:stack_dims]
         arrays = [a.reshape(*stack, -1, a.shape[-1]) for a in arrays]
-    elif isinstance(linear_map, Product) and linear_map.spec[0] in linear_map.axes:
+    elif not counts_examples_first(linear_map):
         raise ValueError(
-            f"Examples of a product {linear_map.spec!r} cannot be put one after "
-            "another, since its first axis does not count them. Call the layer once, "
-            "or name it in `exclude=`."
+            f"Examples of {linear_map} cannot be put one after another, since its "
+            "inputs' first axis does not count them. Call the layer once, or name it "
+            "in `exclude=`."
         )
     return jnp.concatenate(arrays, axis=stack_dims)
 

@@ -9,26 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_optax._dtypes import at_least_float32
 from locoprop_optax._grouping import Grouped
 from locoprop_optax._intermediates import LayerIntermediates
-from locoprop_optax._layers import LayerParams, layers_of, visible, with_layers
-from locoprop_optax._linear_maps import LinearMap
-from locoprop_optax.losses import Loss, LossFactory
+from locoprop_optax._layers import (
+    LayerError,
+    LayerParams,
+    layer_values,
+    layers_of,
+    per_layer,
+    visible,
+    with_layers,
+)
+from locoprop_optax._linear_maps import (
+    LinearMap,
+    Product,
+    counts_examples_first,
+)
+from locoprop_optax._transfers import IDENTITY
+from locoprop_optax.losses import Loss, LossFactory, MatchingLoss
 from locoprop_optax.regularizers import Regularizer
 from locoprop_optax.targets import Displacement, Target
 
-
-def at_least_float32(tree: Any) -> Any:
-    """Casts arrays of fewer bits to float32."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree
-    )
+T = TypeVar("T")
+SQUARED_LOSS = MatchingLoss(IDENTITY)
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +55,9 @@ class LocalProblem:
       regularizer: :math:`R`.
       loss: :math:`\ell`.
       linear_map: :math:`A`.
+      gram: the matrices :math:`x^\top x`, if the gradient is to be made of them instead
+        of the examples. Only for the squared loss.
+      weight: what the loss of the examples is multiplied by.
     """
 
     params: LayerParams
@@ -55,20 +68,33 @@ class LocalProblem:
     regularizer: Regularizer
     loss: Loss = field(metadata={"static": True})
     linear_map: LinearMap = field(metadata={"static": True})
+    gram: Float[Array, "g rows rows"] | None = None
+    weight: float = field(default=1.0, metadata={"static": True})
 
     def value(self, step: LayerParams) -> Float[Array, ""]:
         """The local objective after a step."""
-        preactivations = self.preactivations + self.linear_map(step, self.inputs)
-        loss = self.loss.value(preactivations, self.targets)
-        return loss + self.regularizer.value(step, self.params)
+        return self.value_after(self.linear_map(step, self.inputs), step)
+
+    def value_after(self, change: Array, step: LayerParams) -> Float[Array, ""]:
+        """The local objective after a step that changes the pre-activations so."""
+        loss = self.loss.value(self.preactivations + change, self.targets)
+        return self.weight * loss + self.regularizer.value(step, self.params)
 
     def gradient(self, step: LayerParams) -> LayerParams:
         """The gradient of the local objective after a step."""
+        return self._regularized(self.loss_gradient(step), step)
+
+    def loss_gradient(self, step: LayerParams) -> LayerParams:
+        """The gradient of the loss alone after a step."""
+        if self.gram is not None:
+            change = self.gram @ self.linear_map.to_matrix(step)
+            rise = self.linear_map.from_matrix(change, like=step)
+            return {n: self.initial_gradient[n] + rise[n] for n in step}
         change, pull_back = jax.vjp(lambda s: self.linear_map(s, self.inputs), step)
         preactivations = self.preactivations + change
         residual = self.loss.gradient(preactivations, self.targets)
-        (gradient,) = pull_back(residual.astype(change.dtype))
-        return self._regularized(gradient, step)
+        (gradient,) = pull_back((self.weight * residual).astype(change.dtype))
+        return gradient
 
     def gradient_at_start(self) -> LayerParams:
         """The gradient of the local objective before the first step, at no cost."""
@@ -77,6 +103,60 @@ class LocalProblem:
     def no_step(self) -> LayerParams:
         """The step of length zero."""
         return {name: jnp.zeros_like(p) for name, p in self.params.items()}
+
+    def to_gram(self) -> Float[Array, "g rows rows"]:
+        r"""The matrices :math:`x^\top x`, with a column of ones if there is a bias."""
+        design = self.linear_map.design(self.params, self.inputs)
+        x = at_least_float32(design)
+        gram = jnp.einsum("gni,gnj->gij", x, x)
+        if "bias" not in self.params:
+            return gram
+        sums = jnp.sum(x, axis=1)[..., None]
+        ones = jnp.full((x.shape[0], 1, 1), x.shape[1], gram.dtype)
+        return jnp.block([[gram, sums], [jnp.swapaxes(sums, 1, 2), ones]])
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, inputs and outputs of the matrices that the layer is a product of."""
+        design = jax.eval_shape(self.linear_map.design, self.params, self.inputs)
+        matrix = jax.eval_shape(self.linear_map.to_matrix, self.params)
+        return design.shape[1], matrix.shape[1], matrix.shape[2]
+
+    def prefers_gram(self, num_gradients: int, *, have_gram: bool = False) -> bool:
+        """Whether so many gradients take fewer operations by the Gram matrix.
+
+        A gradient takes :math:`4 n d o` operations by the examples and :math:`2 d^2 o`
+        by the Gram matrix, which itself takes :math:`2 n d^2`.
+        """
+        if self.loss != SQUARED_LOSS or not isinstance(self.linear_map, Product):
+            return False
+        n, d, o = self.sizes()
+        gram = 0 if have_gram else 2 * n * d * d
+        return gram + num_gradients * 2 * d * d * o < num_gradients * 4 * n * d * o
+
+    def of_examples(self, number: Array | int, count: int) -> LocalProblem:
+        """The problem of the number-th slice of so many examples, in its place.
+
+        Raises:
+          LayerError: if there are fewer examples, or the first axis counts none.
+        """
+        whole = (self.inputs, self.preactivations, self.targets)
+        if not counts_examples_first(self.linear_map):
+            raise LayerError(
+                "local_batch_size takes slices of the first axis of its inputs, which "
+                f"does not count examples in {self.linear_map}. Name the layer in "
+                "`exclude=`."
+            )
+        total = self.inputs.shape[0]
+        if count > total:
+            raise LayerError(
+                f"local_batch_size is {count}, expected at most the number of its "
+                f"examples, {total}."
+            )
+        start = number % (total // count) * count
+        x, a, t = (jax.lax.dynamic_slice_in_dim(w, start, count) for w in whole)
+        return replace(
+            self, inputs=x, preactivations=a, targets=t, weight=total / count
+        )
 
     def _regularized(self, gradient: LayerParams, step: LayerParams) -> LayerParams:
         penalty = self.regularizer.gradient(step, self.params)
@@ -101,17 +181,22 @@ def pose(
         gradient=at_least_float32(dict(layer.gradient)),
     )
     local_loss = loss(layer.transfer)
-    displacement, target_state = target.update(layer, target_state, count)
-    if layer.targets is not None:
-        outputs = local_loss.output(layer.preactivations) - layer.targets
-        displacement = Displacement(outputs)
+    displacement, target_state = target.update(layer, local_loss, target_state, count)
     start = local_loss.output(layer.preactivations)
+    if layer.targets is not None:
+        displacement = Displacement(start - layer.targets)
+    goal = start - displacement.outputs
+    params = at_least_float32(dict(params))
+    known = displacement.gradient if local_loss.is_matching else None
+    if known is None:
+        residual = local_loss.gradient(layer.preactivations, goal)
+        known = _pull_back(layer, params, residual)
     problem = LocalProblem(
-        params=at_least_float32(dict(params)),
+        params=params,
         inputs=layer.inputs,
         preactivations=layer.preactivations,
-        targets=start - displacement.outputs,
-        initial_gradient=_initial_gradient(layer, params, displacement),
+        targets=goal,
+        initial_gradient={name: known[name] for name in params},
         regularizer=regularizer,
         loss=local_loss,
         linear_map=layer.linear_map,
@@ -119,14 +204,12 @@ def pose(
     return problem, target_state
 
 
-def _initial_gradient(
-    layer: LayerIntermediates, params: LayerParams, displacement: Displacement
+def _pull_back(
+    layer: LayerIntermediates, params: LayerParams, residual: Array
 ) -> LayerParams:
-    if displacement.gradient is not None:
-        return {name: displacement.gradient[name] for name in params}
-    zeros = at_least_float32({name: jnp.zeros_like(p) for name, p in params.items()})
+    zeros = {name: jnp.zeros_like(p) for name, p in params.items()}
     _, pull_back = jax.vjp(lambda step: layer.linear_map(step, layer.inputs), zeros)
-    return pull_back(displacement.outputs)[0]
+    return pull_back(residual)[0]
 
 
 @dataclass(frozen=True)
@@ -144,10 +227,38 @@ class LocalProblems:
     grouped: Grouped[LocalProblem]
     tree: Any
 
-    def map(self, function: Callable[..., Any], *trees: Any) -> Any:
+    def each(self, function: Callable[..., T], *trees: Any) -> Grouped[T]:
         """Applies a function of a problem and its layer's part of each tree."""
         others = [self.grouped.like(visible(layers_of(tree))) for tree in trees]
-        return with_layers(self.tree, self.grouped.map(function, *others).to_layers())
+        return self.grouped.map(function, *others)
+
+    def map(self, function: Callable[..., LayerParams], *trees: Any) -> Any:
+        """Applies a function that returns a layer's part of a new tree."""
+        return with_layers(self.tree, self.each(function, *trees).to_layers())
+
+    def map_with_state(
+        self, function: Callable[..., tuple[Any, Any]], state: Any
+    ) -> tuple[Any, Any]:
+        """Applies a function from (problem, state) to (layer's part, new state).
+
+        Args:
+          function: what to apply to each layer.
+          state: a tree made by `per_layer`.
+        """
+        held = self.grouped.like(layer_values(state, self.tree))
+        parts, states = self.grouped.map(function, held).unzip()
+        steps = with_layers(self.tree, parts.to_layers())
+        return steps, per_layer(states.to_layers(), self.tree)
+
+    def with_gram(self, num_gradients: int) -> LocalProblems:
+        """The same problems, by the Gram matrix where so many gradients prefer it."""
+
+        def prepare(problem):
+            if not problem.prefers_gram(num_gradients):
+                return problem
+            return replace(problem, gram=problem.to_gram())
+
+        return replace(self, grouped=self.grouped.map(prepare))
 
     def params(self) -> Any:
         """The parameters at the start."""

@@ -104,6 +104,9 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
         refuse("the shape of its cotangents", layer.cotangents.shape, shape)
     if layer.targets is not None and layer.targets.shape != shape:
         refuse("the shape of its targets", layer.targets.shape, shape)
+    sampled = layer.sampled_cotangents
+    if sampled is not None and sampled.shape[-1:] != shape[-1:]:
+        refuse("the shape of its sampled cotangents", sampled.shape, shape)
     for name, param in params.items():
         if name not in layer.gradient:
             refuse("its gradient", f"without {name}", f"one for {', '.join(params)}")

@@ -29,6 +29,7 @@ def locoprop(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LocoProp with our best defaults, ready for `optax.apply_updates`.
 
@@ -52,6 +53,8 @@ def locoprop(
         `optax.adamw(1e-3)`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      diagnostics: whether the state holds `LayerDiagnostics`, as in
+        `scale_by_locoprop`.
 
     Returns:
       A transformation whose `update` takes `params` and `intermediates`.
@@ -86,6 +89,7 @@ def locoprop(
             solver=solver,
             include=include,
             exclude=exclude,
+            diagnostics=diagnostics,
         ),
         optax.identity() if momentum is None else optax.trace(momentum),
         optax.add_decayed_weights(weight_decay),
@@ -106,6 +110,7 @@ def locoprop_m(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The paper's LocoProp-M: matching losses, a few steps of RMSProp each.
 
@@ -132,6 +137,8 @@ def locoprop_m(
         gradient, which is what one local step is.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      diagnostics: whether the state holds `LayerDiagnostics`, as in
+        `scale_by_locoprop`.
 
     Returns:
       A transformation whose `update` takes `params` and `intermediates`.
@@ -163,6 +170,7 @@ def locoprop_m(
         regularizer=regularizer,
         fallback=fallback,
         selection=LayerSelection(include, exclude),
+        diagnostics=diagnostics,
     )
 
 
@@ -177,6 +185,7 @@ def locoprop_s(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The paper's LocoProp-S: squared losses, a few steps of RMSProp each.
 
@@ -197,6 +206,8 @@ def locoprop_s(
         `locoprop_m`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      diagnostics: whether the state holds `LayerDiagnostics`, as in
+        `scale_by_locoprop`.
 
     Returns:
       A transformation whose `update` takes `params` and `intermediates`.
@@ -223,6 +234,7 @@ def locoprop_s(
         regularizer=regularizer,
         fallback=fallback,
         selection=LayerSelection(include, exclude),
+        diagnostics=diagnostics,
     )
 
 
@@ -244,6 +256,7 @@ def _reference(
     regularizer: regularizers.Regularizer | None,
     fallback: optax.GradientTransformation | None,
     selection: LayerSelection,
+    diagnostics: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """The paper's algorithm with either loss."""
     optimizer = tensorflow_rmsprop if optimizer is None else optimizer
@@ -256,6 +269,7 @@ def _reference(
         ),
         include=selection.include,
         exclude=selection.exclude,
+        diagnostics=diagnostics,
     )
     if fallback is None:
         gamma = optax.scale_by_learning_rate(activation_learning_rate, flip_sign=False)

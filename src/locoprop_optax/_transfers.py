@@ -3,16 +3,22 @@ r"""Transfer functions, and what their matching losses are made of."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp, spence, xlogy
+from jax.scipy.special import xlogy
 from jax.scipy.stats import norm
 from jaxtyping import Array
 
+from locoprop_optax import _potentials as of
+
 Elementwise: TypeAlias = Callable[[Array], Array]
+
+
+def _unchanged(array: Array) -> Array:
+    return array
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,12 @@ class Transfer:
       derivative_bound: the smallest :math:`c \ge f'`. None if there is none or it is
         not known; then `majorized_newton` cannot be used.
       over_last_axis: whether :math:`f` mixes the elements of the last axis.
+      project: from any target to a near one in the closure of the range of
+        :math:`f`. Default: the range is all numbers.
+      divergence: :math:`D(a, t) = F(a) - a t + F^*(t)` for targets in the range,
+        shaped as `potential` and written so that nothing cancels. None to compute
+        it from `potential` and `conjugate`.
+      inverse: :math:`f^{-1}`, where mirror descent on weights needs it.
     """
 
     name: str
@@ -40,6 +52,9 @@ class Transfer:
     conjugate: Elementwise | None = None
     derivative_bound: float | None = None
     over_last_axis: bool = False
+    project: Elementwise = _unchanged
+    divergence: Callable[[Array, Array], Array] | None = None
+    inverse: Elementwise | None = None
 
 
 def known_transfers() -> dict[str, Transfer]:
@@ -125,6 +140,7 @@ def leaky_relu(slope: float = 0.01) -> Transfer:
         potential=lambda a: 0.5 * jnp.where(a >= 0, a**2, slope * a**2),
         conjugate=lambda t: 0.5 * jnp.where(t >= 0, t**2, t**2 / slope),
         derivative_bound=max(1.0, slope),
+        divergence=partial(of.leaky_relu_divergence, slope=slope),
     )
 
 
@@ -137,149 +153,123 @@ def elu(alpha: float = 1.0, scale: float = 1.0) -> Transfer:
       >>> loco.losses.elu(0.5).name
       'elu(0.5)'
     """
-
-    def function(a):
-        return scale * jnp.where(a >= 0, a, alpha * jnp.expm1(jnp.minimum(a, 0)))
-
-    def potential(a):
-        below = jnp.minimum(a, 0)
-        return scale * jnp.where(a >= 0, 0.5 * a**2, alpha * (jnp.expm1(below) - below))
-
-    def conjugate(t):
-        u = jnp.maximum(t / scale, -alpha)
-        rest = jnp.clip(1 + u / alpha, 0, 1)
-        below = alpha * xlogy(rest, rest) - jnp.minimum(u, 0)
-        return scale * jnp.where(u >= 0, 0.5 * u**2, below)
-
     plain = "elu" if alpha == 1 else f"elu({alpha:g})"
-    name = plain if scale == 1 else "selu"
-    bound = scale * max(1.0, alpha)
-    return Transfer(name, function, potential, conjugate, bound)
+    return Transfer(
+        name=plain if scale == 1 else "selu",
+        function=lambda a: scale * of.elu(a, alpha),
+        potential=lambda a: scale * of.elu_potential(a, alpha),
+        conjugate=lambda t: scale * of.elu_conjugate(t / scale, alpha),
+        derivative_bound=scale * max(1.0, alpha),
+        project=partial(jnp.clip, min=-scale * alpha),
+        divergence=lambda a, t: scale * of.elu_divergence(a, t / scale, alpha),
+    )
 
 
-def _log_cosh(a: Array) -> Array:
-    size = jnp.abs(a)
-    return size + jnp.log1p(jnp.exp(-2 * size)) - jnp.log(2.0).astype(a.dtype)
-
-
-def _tanh_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, -1, 1)
-    return 0.5 * (xlogy(1 + t, 1 + t) + xlogy(1 - t, 1 - t))
-
-
-def _sigmoid_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, 0, 1)
-    return xlogy(t, t) + xlogy(1 - t, 1 - t)
-
-
-def _softmax_conjugate(t: Array) -> Array:
-    t = jnp.clip(t, 0, 1)
-    return jnp.sum(xlogy(t, t), axis=-1)
-
-
-@jax.custom_jvp
-def _softplus_potential(a: Array) -> Array:
-    """The integral of softplus, by the dilogarithm's reflection for a > 0."""
-    small = spence(1 + jnp.exp(-jnp.abs(a)))
-    return jnp.where(a > 0, 0.5 * a**2 + math.pi**2 / 6 + small, -small)
-
-
-@_softplus_potential.defjvp
-def _softplus_potential_jvp(primals, tangents):
-    (a,), (tangent,) = primals, tangents
-    return _softplus_potential(a), jax.nn.softplus(a) * tangent
-
-
-def _softplus_conjugate(t: Array) -> Array:
-    t = jnp.maximum(t, 1e-30)
-    a = t + jnp.log(-jnp.expm1(-t))
-    return a * t - _softplus_potential(a)
-
-
-def _hard_tanh_potential(a: Array) -> Array:
-    size = jnp.abs(a)
-    return jnp.where(size <= 1, 0.5 * a**2, size - 0.5)
-
-
-def _relu6_potential(a: Array) -> Array:
-    inside = 0.5 * jnp.clip(a, 0, 6) ** 2
-    return inside + 6 * jax.nn.relu(a - 6)
-
-
-def _arctan_conjugate(t: Array) -> Array:
-    edge = 0.5 * math.pi - 1e-3
-    return -jnp.log(jnp.cos(jnp.clip(t, -edge, edge)))
-
-
-def _softsign_conjugate(t: Array) -> Array:
-    size = jnp.minimum(jnp.abs(t), 1 - 1e-3)
-    return -size - jnp.log1p(-size)
+def _clip(
+    name: str, low: float, high: float, function: Elementwise, potential: Elementwise
+) -> Transfer:
+    """A transfer function that cuts its argument off at two ends."""
+    return Transfer(
+        name,
+        function,
+        potential,
+        conjugate=lambda t: 0.5 * jnp.clip(t, low, high) ** 2,
+        derivative_bound=1.0,
+        project=partial(jnp.clip, min=low, max=high),
+        divergence=partial(of.clip_divergence, low=low, high=high),
+    )
 
 
 _BUILT_IN = (
     Transfer(
         "identity",
-        function=lambda a: a,
+        function=_unchanged,
         potential=lambda a: 0.5 * a**2,
         conjugate=lambda t: 0.5 * t**2,
         derivative_bound=1.0,
+        divergence=lambda a, t: 0.5 * (a - t) ** 2,
+        inverse=_unchanged,
     ),
-    Transfer("tanh", jnp.tanh, _log_cosh, _tanh_conjugate, 1.0),
-    Transfer("sigmoid", jax.nn.sigmoid, jax.nn.softplus, _sigmoid_conjugate, 0.25),
     Transfer(
+        "tanh",
+        function=jnp.tanh,
+        potential=of.tanh_potential,
+        conjugate=of.tanh_conjugate,
+        derivative_bound=1.0,
+        project=partial(jnp.clip, min=-1, max=1),
+        divergence=of.tanh_divergence,
+    ),
+    Transfer(
+        "sigmoid",
+        function=jax.nn.sigmoid,
+        potential=jax.nn.softplus,
+        conjugate=of.sigmoid_conjugate,
+        derivative_bound=0.25,
+        project=partial(jnp.clip, min=0, max=1),
+        divergence=of.sigmoid_divergence,
+    ),
+    _clip(
         "relu",
+        0,
+        math.inf,
         function=jax.nn.relu,
         potential=lambda a: 0.5 * jax.nn.relu(a) ** 2,
-        conjugate=lambda t: 0.5 * jax.nn.relu(t) ** 2,
-        derivative_bound=1.0,
     ),
     Transfer(
         "softmax",
         function=lambda a: jax.nn.softmax(a, axis=-1),
-        potential=lambda a: logsumexp(a, axis=-1),
-        conjugate=_softmax_conjugate,
+        potential=of.softmax_potential,
+        conjugate=of.softmax_conjugate,
         derivative_bound=0.5,
         over_last_axis=True,
+        project=of.to_simplex,
+        divergence=of.softmax_divergence,
     ),
     leaky_relu(),
     elu(),
     elu(1.6732632423543772, 1.0507009873554805),
     Transfer(
-        "softplus", jax.nn.softplus, _softplus_potential, _softplus_conjugate, 1.0
+        "softplus",
+        function=jax.nn.softplus,
+        potential=of.softplus_potential,
+        conjugate=of.softplus_conjugate,
+        derivative_bound=1.0,
+        project=partial(jnp.clip, min=0),
+        divergence=of.softplus_divergence,
     ),
-    Transfer(
+    _clip(
         "hard_tanh",
+        -1,
+        1,
         function=jax.nn.hard_tanh,
-        potential=_hard_tanh_potential,
-        conjugate=lambda t: 0.5 * jnp.clip(t, -1, 1) ** 2,
-        derivative_bound=1.0,
+        potential=of.hard_tanh_potential,
     ),
-    Transfer(
-        "relu6",
-        function=jax.nn.relu6,
-        potential=_relu6_potential,
-        conjugate=lambda t: 0.5 * jnp.clip(t, 0, 6) ** 2,
-        derivative_bound=1.0,
-    ),
+    _clip("relu6", 0, 6, function=jax.nn.relu6, potential=of.relu6_potential),
     Transfer(
         "softsign",
         function=jax.nn.soft_sign,
         potential=lambda a: jnp.abs(a) - jnp.log1p(jnp.abs(a)),
-        conjugate=_softsign_conjugate,
+        conjugate=of.softsign_conjugate,
         derivative_bound=1.0,
+        project=partial(jnp.clip, min=-1, max=1),
+        divergence=of.softsign_divergence,
     ),
     Transfer(
         "arctan",
         function=jnp.arctan,
         potential=lambda a: a * jnp.arctan(a) - 0.5 * jnp.log1p(a**2),
-        conjugate=_arctan_conjugate,
+        conjugate=of.arctan_conjugate,
         derivative_bound=1.0,
+        project=partial(jnp.clip, min=-0.5 * math.pi, max=0.5 * math.pi),
+        divergence=of.arctan_divergence,
     ),
     Transfer(
         "exp",
         function=jnp.exp,
         potential=jnp.exp,
-        conjugate=lambda t: xlogy(jnp.maximum(t, 0), jnp.maximum(t, 0)) - t,
+        conjugate=of.exp_conjugate,
+        project=partial(jnp.clip, min=0),
+        divergence=lambda a, t: of.relative_entropy(t, a),
     ),
     Transfer(
         "gelu",
@@ -295,9 +285,39 @@ _BUILT_IN = (
     Transfer(
         "silu",
         function=jax.nn.silu,
-        potential=lambda a: a * jax.nn.softplus(a) - _softplus_potential(a),
+        potential=lambda a: a * jax.nn.softplus(a) - of.softplus_potential(a),
         derivative_bound=1.1,
     ),
 )
+LOG = Transfer(
+    "log",
+    function=jnp.log,
+    potential=lambda a: xlogy(a, a) - a,
+    conjugate=jnp.exp,
+    divergence=lambda a, t: of.relative_entropy(a, t),
+    inverse=jnp.exp,
+)
+
+
+@cache
+def arsinh(scale: float) -> Transfer:
+    r"""The mirror map :math:`\operatorname{arsinh}(\theta / \beta)` of weights."""
+
+    def divergence(a, t):
+        b = scale * jnp.sinh(t)
+        roots = jnp.hypot(a, scale) + jnp.hypot(b, scale)
+        return a * (jnp.arcsinh(a / scale) - t) - (a - b) * (a + b) / roots
+
+    return Transfer(
+        f"arsinh({scale:g})",
+        function=lambda a: jnp.arcsinh(a / scale),
+        potential=lambda a: a * jnp.arcsinh(a / scale) - jnp.hypot(a, scale),
+        conjugate=lambda t: scale * jnp.cosh(t),
+        derivative_bound=1 / scale,
+        divergence=divergence,
+        inverse=lambda t: scale * jnp.sinh(t),
+    )
+
+
 _TRANSFERS = {transfer.name: transfer for transfer in _BUILT_IN}
 IDENTITY = _TRANSFERS["identity"]

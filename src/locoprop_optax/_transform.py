@@ -7,14 +7,15 @@ import optax
 from jaxtyping import Array, Int
 
 from locoprop_optax import losses, regularizers, solvers, targets
+from locoprop_optax._diagnostics import diagnose, mean_over_stacks, no_diagnostics
 from locoprop_optax._grouping import Grouped
 from locoprop_optax._layers import (
     LayerSelection,
     PathPattern,
-    is_masked,
+    anchor,
+    layer_values,
     layers_of,
-    split_key_path,
-    tree_map_with_key_path,
+    per_layer,
     visible,
     with_layers,
 )
@@ -29,11 +30,13 @@ class ScaleByLocoPropState(NamedTuple):
       count: the number of updates so far.
       target: the target's state, at the place of each local kernel.
       solver: the solver's state.
+      diagnostics: `LayerDiagnostics` at the place of each local kernel, or ().
     """
 
     count: Int[Array, ""]
     target: Any
     solver: Any
+    diagnostics: Any
 
 
 def scale_by_locoprop(
@@ -44,6 +47,7 @@ def scale_by_locoprop(
     solver: solvers.Solver | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each local layer's gradient by the step that solves its problem.
 
@@ -66,6 +70,9 @@ def scale_by_locoprop(
       include: layers that are local too: a glob over paths such as `"decoder/*"`,
         several globs, or a predicate on paths.
       exclude: layers that are not local although they own a `kernel`.
+      diagnostics: whether the state holds each layer's `LayerDiagnostics` of the last
+        step, to be read by `diagnostics_of`. They cost two passes forward through each
+        layer. Default: no.
 
     Returns:
       A transformation whose `update` takes `params` and `intermediates`, the third
@@ -104,15 +111,14 @@ def scale_by_locoprop(
         local = selection.mask(params)
         check_params(local)
 
-        def target_state(key_path, leaf):
-            _, name = split_key_path(key_path)
-            is_kernel = name == "kernel" and not is_masked(leaf)
-            return target.init(leaf) if is_kernel else optax.MaskedNode()
-
+        layers = visible(layers_of(local))
+        states = {path: target.init(la[anchor(la)]) for path, la in layers.items()}
+        nothing = dict.fromkeys(layers, no_diagnostics())
         return ScaleByLocoPropState(
             count=jnp.zeros((), jnp.int32),
-            target=tree_map_with_key_path(target_state, local),
+            target=per_layer(states, local),
             solver=solver.init(local),
+            diagnostics=per_layer(nothing, local) if diagnostics else (),
         )
 
     def update(updates, state, params=None, *, intermediates=None, **extra_args):
@@ -139,11 +145,10 @@ def scale_by_locoprop(
             stack_dims={path: layer.stack_dims for path, layer in layers.items()},
             alone=[p for p, layer in layers.items() if not layer.linear_map.stacks],
         )
-        target_states = layers_of(state.target, like=local)
         posed, new_target_states = grouped.map(
             pose_layer,
             grouped.like(visible(layers_of(local))),
-            grouped.like({p: target_states[p]["kernel"] for p in layers}),
+            grouped.like(layer_values(state.target, local)),
         ).unzip()
         problems = LocalProblems(posed, tree=local)
         step, solver_state = solver.solve(problems, state.solver, state.count)
@@ -153,13 +158,15 @@ def scale_by_locoprop(
             path: {n: -moved[path][n].astype(p.dtype) for n, p in leaves.items()}
             for path, leaves in visible(layers_of(local)).items()
         }
+        shown = state.diagnostics
+        if diagnostics:
+            seen = grouped.map(diagnose, posed, grouped.like(moved)).to_layers()
+            shown = per_layer({p: mean_over_stacks(s) for p, s in seen.items()}, local)
         new_state = ScaleByLocoPropState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            target=with_layers(
-                state.target,
-                {p: {"kernel": s} for p, s in new_target_states.to_layers().items()},
-            ),
+            target=per_layer(new_target_states.to_layers(), local),
             solver=solver_state,
+            diagnostics=shown,
         )
         return with_layers(updates, directions), new_state
 

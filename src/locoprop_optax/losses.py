@@ -17,11 +17,15 @@ References:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_optax._dtypes import at_least_float32
+from locoprop_optax._layers import LayerError
 from locoprop_optax._transfers import (
     IDENTITY,
     Elementwise,
@@ -37,6 +41,7 @@ __all__ = [
     "Loss",
     "LossFactory",
     "MatchingLoss",
+    "SquaredLossAfterActivation",
     "Transfer",
     "as_transfer",
     "elu",
@@ -56,8 +61,17 @@ class Loss(Protocol):
         """A bound on the second derivative in the pre-activation; None if unknown."""
         ...
 
+    @property
+    def is_matching(self) -> bool:
+        """Whether `gradient` is the difference of `output` and the targets."""
+        ...
+
     def output(self, preactivations: Array) -> Array:
         """Maps pre-activations to the space in which targets live."""
+        ...
+
+    def project(self, targets: Array) -> Array:
+        """Maps targets to near ones that `output` can reach."""
         ...
 
     def value(self, preactivations: Array, targets: Array) -> Array:
@@ -81,6 +95,7 @@ class MatchingLoss:
     """
 
     transfer: Transfer
+    is_matching = True
 
     @property
     def curvature(self) -> float | None:
@@ -91,27 +106,58 @@ class MatchingLoss:
         """The activations :math:`f(a)`."""
         return self.transfer.function(preactivations)
 
+    def project(self, targets: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Targets in the closure of the range of :math:`f`."""
+        return self.transfer.project(targets)
+
     def value(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
     ) -> Float[Array, ""]:
         r"""The sum of :math:`F(a) - a t + F^*(t)` over examples and units.
 
-        Without :math:`F^*` where the transfer function has none.
+        It is summed in float32 at least. Outside the range of :math:`f`, where
+        :math:`F^*(t)` is infinite, that of a near point of the range stands for it;
+        where the transfer function has no :math:`F^*`, zero does.
         """
-        potential, conjugate = self.transfer.potential, self.transfer.conjugate
-        if potential is None:
-            raise ValueError(
+        if self.transfer.potential is None:
+            raise LayerError(
                 f"The matching loss of {self.transfer.name!r} has no value: its "
-                "potential is not given. Its gradient does not need it."
+                "potential is not given. Register a Transfer that has one, or use a "
+                "solver that needs only gradients."
             )
-        value = jnp.sum(potential(preactivations)) - jnp.sum(preactivations * targets)
-        return value if conjugate is None else value + jnp.sum(conjugate(targets))
+        a, t = at_least_float32((preactivations, targets))
+        return _matching_value(self.transfer, a, t)
 
     def gradient(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
     ) -> Float[Array, "*n d"]:
         """The difference :math:`f(a) - t`."""
         return self.output(preactivations) - targets
+
+
+def _divergence(transfer: Transfer, a: Array, t: Array) -> Array:
+    if transfer.divergence is None:
+        assert transfer.potential is not None
+        value = jnp.sum(transfer.potential(a)) - jnp.sum(a * t)
+        conjugate = transfer.conjugate
+        return value if conjugate is None else value + jnp.sum(conjugate(t))
+    within = transfer.project(t)
+    divergence = jnp.maximum(transfer.divergence(a, within), 0)
+    beyond = within - t  # sums to zero over the last axis if the transfer mixes it
+    offset = jnp.max(a, axis=-1, keepdims=True) if transfer.over_last_axis else 0
+    return jnp.sum(divergence) + jnp.sum((a - offset) * beyond)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _matching_value(transfer: Transfer, a: Array, t: Array) -> Array:
+    return _divergence(transfer, a, t)
+
+
+@_matching_value.defjvp
+def _matching_value_jvp(transfer, primals, tangents):
+    (a, t), (a_dot, t_dot) = primals, tangents
+    value, along_t = jax.jvp(partial(_divergence, transfer, a), (t,), (t_dot,))
+    return value, along_t + jnp.sum((transfer.function(a) - t) * a_dot)
 
 
 def matching_loss(transfer: str | Transfer | Elementwise | None = None) -> LossFactory:
@@ -146,13 +192,55 @@ def matching_loss(transfer: str | Transfer | Elementwise | None = None) -> LossF
     return lambda _: fixed
 
 
-def squared_loss() -> LossFactory:
+@dataclass(frozen=True)
+class SquaredLossAfterActivation:
+    r"""The squared distance :math:`\tfrac12 \lVert f(a) - t \rVert^2`.
+
+    Attributes:
+      transfer: the transfer function :math:`f`.
+    """
+
+    transfer: Transfer
+    is_matching = False
+    curvature = None
+
+    def output(self, preactivations: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """The activations :math:`f(a)`."""
+        return self.transfer.function(preactivations)
+
+    def project(self, targets: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Targets in the closure of the range of :math:`f`."""
+        return self.transfer.project(targets)
+
+    def value(
+        self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
+    ) -> Float[Array, ""]:
+        """Half the sum of the squared differences."""
+        a, t = at_least_float32((preactivations, targets))
+        return 0.5 * jnp.sum((self.output(a) - t) ** 2)
+
+    def gradient(
+        self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
+    ) -> Float[Array, "*n d"]:
+        r"""The differences, pulled back through :math:`f`."""
+        outputs, pull_back = jax.vjp(self.output, preactivations)
+        return pull_back(outputs - targets)[0]
+
+
+def squared_loss(after_activation: bool = False) -> LossFactory:
     r"""The loss of LocoProp-S: the squared distance before the activation.
 
     .. math::
-      \tfrac12 \lVert a - t \rVert^2
+      \tfrac12 \lVert a - t \rVert^2 \qquad \text{or, after the activation,} \qquad
+      \tfrac12 \lVert f(a) - t \rVert^2
 
-    It is the matching loss of the identity, whatever the layer's transfer function.
+    The first is the matching loss of the identity, whatever the layer's transfer
+    function. The second is that of classic target propagation: not convex, flat where
+    :math:`f` saturates, and without a bound that `majorized_newton` could use; its
+    first gradient is the backprop gradient times :math:`f'`.
+
+    Args:
+      after_activation: whether to compare activations instead of pre-activations.
 
     Returns:
       A function from a layer's transfer function to its `Loss`.
@@ -165,6 +253,7 @@ def squared_loss() -> LossFactory:
       2.0
 
     References:
-      Amid, Anil, Warmuth, 2022, section 3.1.
+      Amid, Anil, Warmuth, 2022, section 3.1; Lee, Zhang, Fischer, Bengio,
+      `Difference Target Propagation <https://arxiv.org/abs/1412.7525>`_, 2015.
     """
-    return matching_loss(IDENTITY)
+    return SquaredLossAfterActivation if after_activation else matching_loss(IDENTITY)

@@ -11,8 +11,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_optax._bregman import (
+    Bregman,
+    bregman,
+    relative_entropy,
+    signed_entropy,
+)
 from locoprop_optax._hyperparams import ScalarOrSchedule, at, check_not_negative
 from locoprop_optax._layers import LayerParams
+
+__all__ = [
+    "Bregman",
+    "NoRegularizer",
+    "Regularizer",
+    "SquaredL2",
+    "Sum",
+    "bregman",
+    "none",
+    "relative_entropy",
+    "signed_entropy",
+    "squared_l2",
+    "sum_of",
+    "weight_decay",
+]
 
 
 class Regularizer(Protocol):
@@ -69,6 +90,13 @@ class SquaredL2:
         r"""The vector :math:`\lambda (\theta - c)`."""
         offsets = self._offsets(step, params).items()
         return {name: self.curvature * offset for name, offset in offsets}
+
+    def mirror_step(
+        self, step: LayerParams, gradient: LayerParams, params: LayerParams
+    ) -> LayerParams:
+        r"""The next step of `solvers.mirror_descent`, gradient descent by 1 / λ."""
+        del params
+        return {n: s - gradient[n] / self.curvature for n, s in step.items()}
 
     def _offsets(self, step: LayerParams, params: LayerParams) -> LayerParams:
         if not self.from_zero:

@@ -1,0 +1,121 @@
+"""Conjugate gradients, for layers too wide for a matrix of their inputs."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from locoprop_optax._hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
+from locoprop_optax._layers import LayerParams
+from locoprop_optax._local_problem import LocalProblem
+from locoprop_optax.solvers._newton import bounds
+from locoprop_optax.solvers._solver import Solver
+
+
+def conjugate_gradient(
+    num_iterations: int = 10,
+    damping: ScalarOrSchedule = 0.1,
+    *,
+    num_steps: int = 1,
+    tolerance: float | None = None,
+) -> Solver:
+    r"""`majorized_newton` without its matrices: steps by conjugate gradients.
+
+    Each step solves, as far as its iterations go,
+
+    .. math::
+      (c\, x^\top x + \lambda I)\, d =
+      -\big[ x^\top (f(a_0 + x \Delta) - t) + \lambda \Delta \big], \qquad
+      \Delta \leftarrow \Delta + d
+
+    with products by :math:`x` alone, :math:`4 n\, d_\text{in} d_\text{out}` operations
+    each. Started at zero, conjugate gradients lower the quadratic above the local
+    problem in every iteration, so that no step raises the local objective. For the
+    squared loss the quadratic is the local problem.
+
+    Args:
+      num_iterations: of conjugate gradients in a step, at least 1.
+      damping: :math:`\lambda` relative to c times the mean eigenvalue of
+        :math:`x^\top x`, at least 0; a float or a schedule.
+      num_steps: at least 1.
+      tolerance: stops a step's iterations once the residual is below this share of the
+        right-hand side. Default None: all iterations.
+
+    Returns:
+      The solver. A regularizer adds its own curvature to the matrix.
+
+    Raises:
+      TypeError: if a count is no Python int.
+      ValueError: if a count is below 1, `damping` is negative or `tolerance` not
+        positive; when a step is traced, if the loss or the regularizer has no bounded
+        curvature. The message names the layer.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> proxprop = loco.scale_by_locoprop(
+      ...     loss=loco.losses.squared_loss(),
+      ...     target=loco.targets.gradient_descent(1.0),
+      ...     regularizer=loco.regularizers.squared_l2(0.5),
+      ...     solver=loco.solvers.conjugate_gradient(5, damping=0.0))
+
+    References:
+      Frerix, Möllenhoff, Moeller, Cremers, `Proximal Backpropagation
+      <https://arxiv.org/abs/1706.04638>`_, 2018, section 4.
+    """
+    check_count("num_iterations", num_iterations)
+    check_count("num_steps", num_steps)
+    check_not_negative("damping", damping)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance)
+
+    def solve_layer(problem: LocalProblem, relative: jax.Array) -> LayerParams:
+        bound, penalty = bounds(problem, "conjugate_gradient")
+        strength = relative * bound * _mean_eigenvalue(problem)
+
+        def product(step):
+            apply = lambda s: problem.linear_map(s, problem.inputs)  # noqa: E731
+            change, pull_back = jax.vjp(apply, step)
+            (curved,) = pull_back(change)
+            ridge = strength + penalty
+            return {
+                n: (bound * curved[n] + ridge * s).astype(s.dtype)
+                for n, s in step.items()
+            }
+
+        def advance(step, gradient):
+            damped = {n: -(gradient[n] + strength * s) for n, s in step.items()}
+            change, _ = jax.scipy.sparse.linalg.cg(
+                product,
+                {n: d.astype(step[n].dtype) for n, d in damped.items()},
+                maxiter=num_iterations,
+                tol=0.0 if tolerance is None else tolerance,
+            )
+            return optax.tree.add(step, change)
+
+        def later_step(step, _):
+            return advance(step, problem.gradient(step)), None
+
+        first = advance(problem.no_step(), problem.gradient_at_start())
+        step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
+        return step
+
+    def solve(problems, state, count):
+        relative = jnp.asarray(at(damping, count))
+        return problems.map(lambda problem: solve_layer(problem, relative)), state
+
+    return Solver(lambda params: (), solve)
+
+
+def _mean_eigenvalue(problem: LocalProblem) -> jax.Array:
+    r"""Of :math:`x^\top x`, with a column of ones if there is a bias."""
+    design = problem.linear_map.design(problem.params, problem.inputs)
+    groups, rows, _ = design.shape
+    total = jnp.sum(jnp.square(design.astype(problem.preactivations.dtype)))
+    if "bias" in problem.params:
+        total = total + groups * rows
+    return total / (groups * problem.sizes()[1])

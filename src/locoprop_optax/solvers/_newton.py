@@ -1,0 +1,234 @@
+"""Newton steps on a quadratic above the local problem, and the exact solution."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from locoprop_optax._hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_count,
+    check_not_negative,
+    check_share,
+)
+from locoprop_optax._inverse import inverse
+from locoprop_optax._layers import (
+    LayerError,
+    LayerParams,
+    anchor,
+    layers_of,
+    per_layer,
+    visible,
+)
+from locoprop_optax._local_problem import SQUARED_LOSS, LocalProblem
+from locoprop_optax.solvers._solver import Solver
+
+
+def majorized_newton(
+    num_steps: int = 2, damping: ScalarOrSchedule = 0.1, *, ema: float = 0.0
+) -> Solver:
+    r"""Newton steps on a quadratic that lies above the local problem.
+
+    Since :math:`f' \le c`, the local problem lies under a quadratic with the Hessian
+    :math:`c\, x^\top x + \lambda I`, whichever the outputs. One inverse per layer and
+    batch serves all steps:
+
+    .. math::
+      \Delta \leftarrow \Delta - (c\, x^\top x + \lambda I)^{-1}
+      \big[ x^\top (f(a_0 + x \Delta) - t) + \lambda \Delta \big]
+
+    No step raises the local objective, and there is neither a learning rate nor a
+    state. The gradient of the first step is already known from backprop.
+
+    Args:
+      num_steps: at least 1.
+      damping: :math:`\lambda` relative to c times the mean eigenvalue of
+        :math:`x^\top x`, at least 0; a float or a schedule. With 0 the steps
+        minimize the loss and the regularizer alone, which together must then be
+        definite.
+      ema: how much of the curvature :math:`x^\top x` is kept from batch to batch, in
+        [0, 1): a running average of it over the rows, corrected for its bias, stands
+        for the batch's own. Its state is one matrix a layer, of the kernel's rows. No
+        step then raises the objective only as far as the batches are alike. Default:
+        0, each batch by itself and no state.
+
+    Returns:
+      The solver. Biases are solved for as one more row of the kernel, with an input
+      of ones. A regularizer adds its own curvature to the Hessian.
+
+    Raises:
+      TypeError: if `num_steps` is no Python int.
+      ValueError: if `num_steps` is below 1, `damping` negative or `ema` not in [0, 1);
+        when a step is traced, if the loss or the regularizer has no bounded curvature
+        or, with `ema`, if a layer is a stack or works in groups, so that the shape of
+        its state cannot be told from its kernel. The message names the layer.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> solver = loco.solvers.majorized_newton(num_steps=2, damping=0.1)
+    """
+    check_count("num_steps", num_steps)
+    check_not_negative("damping", damping)
+
+    check_share("ema", ema)
+
+    def init(params):
+        if not ema:
+            return ()
+        layers = visible(layers_of(params))
+        zeros = {path: _no_curvature(leaves) for path, leaves in layers.items()}
+        return per_layer(zeros, params)
+
+    def solve_alone(problem, relative):
+        gram = problem.to_gram()
+        if problem.prefers_gram(num_steps - 1, have_gram=True):
+            problem = replace(problem, gram=gram)
+        return _solve_layer(problem, gram, num_steps, relative)
+
+    def solve(problems, state, count):
+        relative = at(damping, count)
+        if not ema:
+            return problems.map(lambda p: solve_alone(p, relative)), state
+        for path in problems.grouped.stacks():
+            raise ValueError(
+                f"Layer {path!r} is a stack of layers, for which `ema` has no state. "
+                "Use ema=0.0, or name the layer in `exclude=`."
+            )
+
+        def solve_averaged(problem, average):
+            gram, average = _averaged(problem, average, ema, count)
+            return _solve_layer(problem, gram, num_steps, relative), average
+
+        return problems.map_with_state(solve_averaged, state)
+
+    return Solver(init, solve)
+
+
+def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
+    r"""The solution of the squared loss, in closed form.
+
+    .. math::
+      \Delta = -(x^\top x + \lambda I)^{-1} x^\top \delta
+
+    with the displacement :math:`\delta`, which is the natural gradient of the layer's
+    inputs (FOOF; the input-side factor of K-FAC). It is one step of
+    `majorized_newton`, whose bound is the squared loss itself.
+
+    Args:
+      damping: :math:`\lambda` relative to the mean eigenvalue of :math:`x^\top x`, at
+        least 0; a float or a schedule. With 0 the regularizer has to make the problem
+        definite.
+      ema: how much of the curvature is kept from batch to batch, as in
+        `majorized_newton`.
+
+    Returns:
+      The solver.
+
+    Raises:
+      ValueError: if `damping` is negative or `ema` not in [0, 1); when a step is
+        traced, if the local loss is not `losses.squared_loss()`, or as
+        `majorized_newton`.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> foof = loco.scale_by_locoprop(
+      ...     loss=loco.losses.squared_loss(),
+      ...     target=loco.targets.gradient_descent(1.0),
+      ...     solver=loco.solvers.exact(damping=0.1))
+
+    References:
+      Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order
+      Optimization <https://arxiv.org/abs/2201.12250>`_, 2022.
+    """
+    one_step = majorized_newton(1, damping, ema=ema)
+
+    def check(problem):
+        if problem.loss != SQUARED_LOSS:
+            raise LayerError(
+                f"exact solves the squared loss, not {problem.loss}. Use it with "
+                "losses.squared_loss(), or use solvers.majorized_newton."
+            )
+
+    def solve(problems, state, count):
+        problems.each(check)
+        return one_step.solve(problems, state, count)
+
+    return Solver(one_step.init, solve)
+
+
+def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
+    """The bounds on the curvature of the loss and of the regularizer.
+
+    Raises:
+      LayerError: if there is none; it says which solver needs it.
+    """
+    bound, penalty = problem.loss.curvature, problem.regularizer.curvature
+    if bound is None or penalty is None:
+        lacking = problem.loss if bound is None else problem.regularizer
+        transfer = getattr(lacking, "transfer", None)
+        name = f"the loss of {transfer.name!r}" if transfer else lacking
+        raise LayerError(
+            f"{solver} needs a bound on the curvature of {name}, which has none. Use "
+            "solvers.first_order, a Transfer with derivative_bound, or "
+            "transfers={path: 'identity'} where the layer is captured."
+        )
+    return bound, penalty
+
+
+def _solve_layer(
+    problem: LocalProblem,
+    gram: Float[Array, "g rows rows"],
+    num_steps: int,
+    damping: Any,
+) -> LayerParams:
+    """The steps of `majorized_newton` for one layer."""
+    bound, penalty = bounds(problem, "majorized_newton")
+    size = gram.shape[-1]
+    mean_eigenvalue = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / size
+    strength = damping * bound * mean_eigenvalue
+    # Without any input there is nothing to solve; the identity keeps the step at zero.
+    empty = (mean_eigenvalue == 0) & (jnp.asarray(penalty) == 0)
+    diagonal = strength + penalty + empty
+    hessian = bound * gram + diagonal * jnp.eye(size, dtype=gram.dtype)
+    newton = jax.vmap(inverse)(hessian)
+    to_matrix = problem.linear_map.to_matrix
+
+    def advance(step, gradient):
+        damped = to_matrix(gradient) + strength * to_matrix(step)
+        change = problem.linear_map.from_matrix(newton @ damped, like=step)
+        return {name: step[name] - change[name] for name in step}
+
+    def later_step(step, _):
+        return advance(step, problem.gradient(step)), None
+
+    first = advance(problem.no_step(), problem.gradient_at_start())
+    step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
+    return step
+
+
+def _no_curvature(params: LayerParams) -> Array:
+    """The state of `ema` before the first batch."""
+    kernel = params[anchor(params)]
+    rows = math.prod(kernel.shape[:-1]) + ("bias" in params)
+    return jnp.zeros((rows, rows), jnp.promote_types(kernel.dtype, jnp.float32))
+
+
+def _averaged(
+    problem: LocalProblem, average: Array, ema: float, count: Array
+) -> tuple[Array, Array]:
+    """The averaged Gram matrices, as if of this batch's rows, and the new average."""
+    gram = problem.to_gram()
+    if gram.shape != (1, *average.shape):
+        raise LayerError(
+            f"`ema` has a state of shape {average.shape} for it, by its kernel, but "
+            f"its curvature has the shape {gram.shape}. Use ema=0.0, or name the layer "
+            "in `exclude=`."
+        )
+    rows, _, _ = problem.sizes()
+    average = ema * average + (1 - ema) * gram[0] / rows
+    unbiased = average / (1 - ema ** (count + 1.0)).astype(average.dtype)
+    return rows * unbiased[None], average

@@ -1,0 +1,103 @@
+"""Solvers around solvers: steps that are not too long."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from locoprop_optax._hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_count,
+    check_positive,
+)
+from locoprop_optax.solvers._solver import Solver
+
+
+def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
+    r"""Another solver's steps, none longer than a share of the layer's parameters.
+
+    .. math::
+      \Delta \leftarrow \min\!\left(1,\
+      \rho \frac{\lVert \theta_0 \rVert}{\lVert \Delta \rVert}\right) \Delta
+
+    Args:
+      solver: the other solver.
+      max_relative_step: :math:`\rho > 0`, a float or a schedule.
+
+    Returns:
+      The solver. A layer whose parameters are all zero is not limited.
+
+    Raises:
+      ValueError: if `max_relative_step` is not positive.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> solver = loco.solvers.limited(loco.solvers.majorized_newton(), 0.1)
+    """
+    check_positive("max_relative_step", max_relative_step)
+
+    def solve(problems, state, count):
+        share = at(max_relative_step, count)
+
+        def limit(problem, step):
+            size, length = optax.tree.norm(problem.params), optax.tree.norm(step)
+            within = (length <= share * size) | (size == 0)
+            factor = jnp.where(within, 1.0, share * size / length)
+            return {name: factor.astype(s.dtype) * s for name, s in step.items()}
+
+        step, state = solver.solve(problems, state, count)
+        return problems.map(limit, step), state
+
+    return Solver(solver.init, solve)
+
+
+def line_searched(solver: Solver, num_halvings: int = 8) -> Solver:
+    r"""Another solver's steps, each as long as the local objective likes best.
+
+    Of the lengths :math:`s \in \{1, \tfrac12, \dots, 2^{-m}, 0\}` each layer takes
+
+    .. math::
+      \Delta \leftarrow \hat s\, \Delta, \qquad
+      \hat s = \arg\min_s\ \ell(a_0 + s\, A \Delta, t) + R(s \Delta) .
+
+    No step then raises the local objective, whatever the solver and the loss. A layer
+    is linear, so that all lengths share one pass through it.
+
+    Args:
+      solver: the other solver.
+      num_halvings: m, at least 1.
+
+    Returns:
+      The solver.
+
+    Raises:
+      TypeError: if `num_halvings` is no Python int.
+      ValueError: if `num_halvings` is below 1; when a step is traced, if a layer's loss
+        has no value, because its transfer function has no `potential`.
+
+    Example:
+      >>> import optax
+      >>> import locoprop_optax as loco
+      >>> solver = loco.solvers.line_searched(
+      ...     loco.solvers.first_order(optax.sgd(1.0), num_steps=5))
+    """
+    check_count("num_halvings", num_halvings)
+    lengths = [2.0**-k for k in range(num_halvings + 1)] + [0.0]
+
+    def search(problem, step):
+        change = problem.linear_map(step, problem.inputs)
+
+        def objective(length):
+            scaled = {name: (length * s).astype(s.dtype) for name, s in step.items()}
+            return problem.value_after(length * change, scaled)
+
+        values = jax.lax.map(objective, jnp.asarray(lengths, change.dtype))
+        best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+        chosen = jnp.asarray(lengths)[best]
+        return {name: chosen.astype(s.dtype) * s for name, s in step.items()}
+
+    def solve(problems, state, count):
+        step, state = solver.solve(problems, state, count)
+        return problems.map(search, step), state
+
+    return Solver(solver.init, solve)

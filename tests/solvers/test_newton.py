@@ -1,0 +1,66 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import locoprop_optax as loco
+from tests.helpers import problem_of, random_layer, solved
+
+
+@pytest.mark.usefixtures("float64")
+def test_damping_is_relative_to_the_mean_eigenvalue():
+    params, layer = random_layer(0, 6, 4, 3, "sigmoid", bias=False)
+    problem = problem_of(params, layer, gamma=0.5)
+    tx = loco.scale_by_locoprop(
+        target=loco.targets.gradient_descent(0.5),
+        solver=loco.solvers.majorized_newton(num_steps=1, damping=0.2),
+    )
+    gram = layer.inputs.T @ layer.inputs
+    bound = 0.25 * np.mean(np.linalg.eigvalsh(gram))
+    hessian = 0.25 * gram + 0.2 * bound * jnp.eye(4)
+    expected = jnp.linalg.solve(hessian, problem.gradient_at_start()["kernel"])
+    np.testing.assert_allclose(solved(tx, params, layer)["kernel"], expected, rtol=1e-9)
+
+
+def test_majorized_newton_needs_a_bound():
+    params, layer = random_layer(0, 6, 4, 3)
+    tx = loco.scale_by_locoprop(loss=loco.losses.matching_loss(jnp.sin))
+    with pytest.raises(
+        ValueError, match=r"bound on the curvature of .*'sin'.*identity"
+    ):
+        solved(tx, params, layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"num_steps": 0}, ValueError, "at least 1, got 0"),
+        ({"damping": -0.1}, ValueError, "damping must not be negative, got -0.1"),
+    ],
+)
+def test_majorized_newton_errors(options, error, match):
+    with pytest.raises(error, match=match):
+        loco.solvers.majorized_newton(**options)
+
+
+@pytest.mark.usefixtures("float64")
+def test_exact_is_foof():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.gradient_descent(0.7),
+        solver=loco.solvers.exact(damping=0.2),
+    )
+    x = np.c_[layer.inputs, np.ones(6)]
+    gram = x.T @ x
+    damped = gram + 0.2 * np.trace(gram) / 5 * np.eye(5)
+    expected = 0.7 * np.linalg.solve(damped, x.T @ layer.cotangents)
+    found = solved(tx, params, layer)
+    np.testing.assert_allclose(found["kernel"], expected[:-1], rtol=1e-9)
+    np.testing.assert_allclose(found["bias"], expected[-1], rtol=1e-9)
+
+
+def test_exact_solves_the_squared_loss_only():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    tx = loco.scale_by_locoprop(solver=loco.solvers.exact(0.1))
+    with pytest.raises(ValueError, match=r"exact solves the squared loss, not .*tanh"):
+        solved(tx, params, layer)
