@@ -12,6 +12,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 PARTS = (loco.regularizers.squared_l2(0.7), loco.regularizers.weight_decay(0.3))
 REGULARIZERS = [loco.regularizers.none(), *PARTS, loco.regularizers.sum_of(*PARTS)]
+BREGMAN = [
+    loco.regularizers.relative_entropy(0.4),
+    loco.regularizers.signed_entropy(0.4, scale=0.2),
+    loco.regularizers.bregman(0.4, loco.losses.as_transfer("identity")),
+    loco.regularizers.bregman(0.4, loco.losses.as_transfer("softplus")),
+]
 
 
 @given(
@@ -40,3 +46,37 @@ def test_strength_must_not_be_negative(name):
 def test_sum_of_nothing():
     with pytest.raises(ValueError, match="at least one"):
         loco.regularizers.sum_of()
+
+
+def positive(drawn, seed):
+    params, _ = random_layer(**{**drawn, "seed": seed})
+    return {name: jax.numpy.abs(p) + 0.1 for name, p in params.items()}
+
+
+@given(layers, st.sampled_from(BREGMAN))
+def test_bregman_divergences(drawn, regularizer):
+    old, new = positive(drawn, drawn["seed"]), positive(drawn, drawn["seed"] // 2)
+    step = {name: new[name] - old[name] for name in old}
+    no_step = jax.tree.map(jax.numpy.zeros_like, step)
+    psi, dual = regularizer.mirror.potential, regularizer.mirror.function
+    expected = 0.4 * sum(
+        float(np.sum(psi(new[n]) - psi(old[n]) - dual(old[n]) * step[n])) for n in old
+    )
+    value = regularizer.value(step, old)
+    np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-9)
+    assert value >= 0
+    np.testing.assert_allclose(regularizer.value(no_step, old), 0, atol=1e-12)
+    gradient = jax.grad(lambda s: regularizer.value(s, old))(step)
+    for name, g in regularizer.gradient(step, old).items():
+        np.testing.assert_allclose(g, gradient[name], rtol=1e-9, atol=1e-12)
+        if regularizer.curvature is not None:
+            bound = regularizer.curvature * np.abs(step[name])
+            assert np.all(np.abs(g) <= bound + 1e-12)
+
+
+@pytest.mark.parametrize("name", ["relative_entropy", "signed_entropy"])
+def test_strength_of_a_divergence_must_be_positive(name):
+    with pytest.raises(ValueError, match="strength must be positive, got 0"):
+        getattr(loco.regularizers, name)(0)
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        loco.regularizers.signed_entropy(1.0, scale=0)

@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import layers, random_layer
+from locoprop_optax._linear_maps import Channelwise
+from locoprop_optax._local_problem import pose
+from tests.helpers import layers, random_layer, regression, solved, train_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -106,3 +111,163 @@ def test_gamma_must_be_positive(make, gamma):
 def test_decay_must_be_a_share(decay):
     with pytest.raises(ValueError, match="decay must be in"):
         loco.targets.normalized(0.1, decay)
+
+
+def second_moment(cotangents):
+    per_example = len(cotangents) * np.asarray(cotangents)
+    return per_example.T @ per_example / len(per_example)
+
+
+def test_natural_gradient_follows_its_formula_over_batches():
+    gamma, damping, decay, average = 0.5, 0.2, 0.7, 0.0
+    target = loco.targets.natural_gradient(gamma, damping, decay)
+    params, _ = random_layer(0, 6, 4, 3)
+    state = target.init(params["kernel"])
+    for k in range(3):
+        _, layer = random_layer(k, 6 + k, 4, 3)
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
+        average = decay * average + (1 - decay) * second_moment(layer.cotangents)
+        metric = average / (1 - decay ** (k + 1))
+        metric = metric + damping * np.trace(metric) / 3 * np.eye(3)
+        expected = gamma * (6 + k) * layer.cotangents @ np.linalg.inv(metric)
+        np.testing.assert_allclose(displacement.outputs, expected, rtol=1e-7)
+        np.testing.assert_allclose(
+            displacement.gradient["kernel"], layer.inputs.T @ expected, rtol=1e-7
+        )
+        np.testing.assert_allclose(
+            displacement.gradient["bias"], expected.sum(0), rtol=1e-7
+        )
+
+
+def test_natural_gradient_of_a_convolution_is_that_of_its_channels():
+    linear_map = Channelwise(
+        lambda p, x: jax.lax.conv(x, p["kernel"].transpose(2, 1, 0), (1,), "SAME")
+    )
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.normal(size=(2, 5, 3)))
+    layer = loco.LayerIntermediates(g, g, g, {}, linear_map=linear_map)
+    target = loco.targets.natural_gradient(1.0, 0.1)
+    state = target.init(jnp.zeros((3, 4, 3)))
+    displacement, state = target.update(layer, None, state, jnp.zeros((), int))
+    flat = loco.LayerIntermediates(*3 * [g.reshape(10, 3)], {})
+    expected, _ = target.update(
+        flat, None, target.init(jnp.zeros((4, 3))), jnp.zeros((), int)
+    )
+    np.testing.assert_allclose(
+        displacement.outputs.reshape(10, 3), expected.outputs, rtol=1e-9
+    )
+    assert displacement.gradient is None, "to be computed"
+
+
+def test_natural_gradient_without_any_gradient_stays():
+    params, layer = random_layer(0, 6, 4, 3)
+    silent = replace(layer, cotangents=0 * layer.cotangents)
+    target = loco.targets.natural_gradient(1.0)
+    state = target.init(params["kernel"])
+    displacement, _ = target.update(silent, None, state, jnp.zeros((), int))
+    np.testing.assert_array_equal(displacement.outputs, 0)
+
+
+def test_gauss_newton_is_the_gauss_newton_matrix_of_the_output():
+    """With labels that move the output along each axis, the estimate is exact."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 2)))
+    head = jnp.asarray(rng.normal(size=(2, 4)))
+    x, y = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 4)))
+
+    def network(a):
+        return jnp.tanh(a) @ head
+
+    def loss(a, y):
+        return 0.5 * jnp.mean(jnp.sum((network(a) - y) ** 2, -1))
+
+    a = x @ kernel
+    many = jnp.repeat(a, 4, axis=0)
+    labels = network(many) + 2.0 * jnp.tile(jnp.eye(4), (5, 1))  # sqrt(4) unit axes
+    layer = loco.LayerIntermediates(
+        inputs=x,
+        preactivations=a,
+        cotangents=jax.grad(loss)(a, y),
+        gradient={"kernel": x.T @ jax.grad(loss)(a, y)},
+        sampled_cotangents=jax.grad(loss)(many, labels),
+    )
+    target = loco.targets.gauss_newton(1.0, damping=0.0)
+    state = target.init(kernel)
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
+    jacobians = jax.vmap(jax.jacobian(network))(a)
+    matrix = jnp.mean(jnp.swapaxes(jacobians, 1, 2) @ jacobians, axis=0)
+    expected = 5 * layer.cotangents @ jnp.linalg.inv(matrix)
+    np.testing.assert_allclose(displacement.outputs, expected, rtol=1e-9)
+
+
+def test_gauss_newton_needs_sampled_cotangents():
+    params, layer = random_layer(0, 6, 4, 3)
+    tx = loco.scale_by_locoprop(target=loco.targets.gauss_newton(1.0))
+    with pytest.raises(
+        ValueError, match=r"Layer 'layer': .*sampled.*add_sampled_cotangents"
+    ):
+        solved(tx, params, layer)
+
+
+def test_clipped_targets_are_in_range():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    problem, _ = pose(
+        layer,
+        params,
+        (),
+        jnp.zeros((), int),
+        loss=loco.losses.matching_loss(),
+        target=loco.targets.clipped(loco.targets.gradient_descent(50.0)),
+        regularizer=loco.regularizers.none(),
+    )
+    free = jnp.tanh(layer.preactivations) - 50 * layer.cotangents
+    assert np.max(np.abs(free)) > 1
+    np.testing.assert_allclose(problem.targets, np.clip(free, -1, 1), rtol=1e-12)
+    found = problem.gradient_at_start()["kernel"]
+    np.testing.assert_allclose(found, problem.gradient(problem.no_step())["kernel"])
+
+
+def test_clipping_leaves_the_targets_of_the_squared_loss():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    plain = loco.targets.gradient_descent(50.0)
+    made = [
+        loco.scale_by_locoprop(loss=loco.losses.squared_loss(), target=target)
+        for target in (plain, loco.targets.clipped(plain))
+    ]
+    first, second = (solved(tx, params, layer)["kernel"] for tx in made)
+    np.testing.assert_allclose(first, second, rtol=1e-9)
+
+
+def test_momentum_keeps_the_mean_moving():
+    decay, velocity = 0.8, np.zeros(3)
+    target = loco.targets.momentum(loco.targets.gradient_descent(0.5), decay)
+    params, _ = random_layer(0, 6, 4, 3)
+    state = target.init(params["kernel"])
+    for k in range(4):
+        _, layer = random_layer(k, 5 + k, 4, 3)
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
+        own = 0.5 * np.asarray(layer.cotangents)
+        np.testing.assert_allclose(displacement.outputs, own + decay * velocity)
+        velocity = decay * velocity + own.mean(0)
+        np.testing.assert_allclose(displacement.outputs.mean(0), velocity)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        loco.targets.natural_gradient(0.5),
+        loco.targets.momentum(loco.targets.normalized(0.05)),
+        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+    ],
+)
+def test_targets_train_a_model_with_a_steady_state(target):
+    loss_fn, params, batch = regression()
+    tx = loco.locoprop(0.3, target=target, momentum=None)
+    step, state = jax.jit(train_step(loss_fn, tx)), tx.init(params)
+    structure = jax.tree.map(jnp.shape, state)
+    start = loss_fn(params, batch)
+    for _ in range(30):
+        params, state, loss = step(params, state, batch)
+    assert jax.tree.map(jnp.shape, state) == structure
+    assert step._cache_size() == 1
+    assert loss < 0.7 * start

@@ -107,7 +107,7 @@ class LocalProblem:
     def to_gram(self) -> Float[Array, "g rows rows"]:
         r"""The matrices :math:`x^\top x`, with a column of ones if there is a bias."""
         design = self.linear_map.design(self.params, self.inputs)
-        x = at_least_float32(design)
+        x = design.astype(jnp.result_type(*self.params.values()))
         gram = jnp.einsum("gni,gnj->gij", x, x)
         if "bias" not in self.params:
             return gram

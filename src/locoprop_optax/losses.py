@@ -117,7 +117,8 @@ class MatchingLoss:
 
         It is summed in float32 at least. Outside the range of :math:`f`, where
         :math:`F^*(t)` is infinite, that of a near point of the range stands for it;
-        where the transfer function has no :math:`F^*`, zero does.
+        where the transfer function has no :math:`F^*`, zero does. Targets of a softmax
+        are taken as shares of their sum.
         """
         if self.transfer.potential is None:
             raise LayerError(
@@ -141,11 +142,12 @@ def _divergence(transfer: Transfer, a: Array, t: Array) -> Array:
         value = jnp.sum(transfer.potential(a)) - jnp.sum(a * t)
         conjugate = transfer.conjugate
         return value if conjugate is None else value + jnp.sum(conjugate(t))
+    if transfer.over_last_axis:  # shares: constants in a row of a have no effect
+        a = a - jnp.max(a, axis=-1, keepdims=True)
+        t = t / jnp.sum(t, axis=-1, keepdims=True)
     within = transfer.project(t)
     divergence = jnp.maximum(transfer.divergence(a, within), 0)
-    beyond = within - t  # sums to zero over the last axis if the transfer mixes it
-    offset = jnp.max(a, axis=-1, keepdims=True) if transfer.over_last_axis else 0
-    return jnp.sum(divergence) + jnp.sum((a - offset) * beyond)
+    return jnp.sum(divergence) + jnp.sum(a * (within - t))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -354,7 +354,8 @@ def momentum(target: Target, decay: float = 0.9) -> Target:
         displacement, inner = target.update(layer, loss, inner, count)
         kept = decay * velocity
         outputs = displacement.outputs + kept.reshape(-1, units)[0]
-        velocity = kept + jnp.mean(displacement.outputs.reshape(-1, units), axis=0)
+        mean = jnp.mean(displacement.outputs.reshape(-1, units), axis=0)
+        velocity = kept + mean.astype(kept.dtype)
         return Displacement(outputs), (inner, velocity)
 
     return Target(init, update)

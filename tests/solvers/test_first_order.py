@@ -1,11 +1,23 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import random_layer, regression, solved
+from tests.helpers import (
+    MLP,
+    layers,
+    problem_of,
+    random_layer,
+    regression,
+    solved,
+    train_step,
+)
 
 
 @pytest.mark.usefixtures("float64")
@@ -89,3 +101,108 @@ def test_first_order_errors(options, error, match):
     options = {"optimizer": optax.sgd(0.1), **options}
     with pytest.raises(error, match=match):
         loco.solvers.first_order(**options)
+
+
+@pytest.mark.usefixtures("float64")
+@given(layers, st.integers(2, 8), st.sampled_from([0.0, 0.4]))
+def test_the_gram_form_is_the_same(drawn, num_steps, strength):
+    """Where it is chosen follows from the counts of operations."""
+    params, layer = random_layer(**drawn)
+    problem = problem_of(
+        params,
+        layer,
+        loss=loco.losses.squared_loss(),
+        regularizer=loco.regularizers.squared_l2(strength),
+    )
+    step, _ = random_layer(**{**drawn, "seed": drawn["seed"] // 2})
+    by_gram = replace(problem, gram=problem.to_gram())
+    for name, expected in problem.gradient(step).items():
+        found = by_gram.gradient(step)[name]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    n, d, o = drawn["n"], drawn["d_in"] + drawn["bias"], drawn["d_out"]
+    assert problem.sizes() == (n, d, o)
+    counted = 2 * n * d * d + num_steps * 2 * d * d * o < num_steps * 4 * n * d * o
+    assert problem.prefers_gram(num_steps) == counted
+
+
+def test_the_gram_form_is_only_for_the_squared_loss():
+    params, layer = random_layer(0, 90, 2, 3, "tanh")
+    squared = problem_of(params, layer, loss=loco.losses.squared_loss())
+    assert squared.prefers_gram(9)
+    assert not problem_of(params, layer).prefers_gram(9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_each_step_has_its_own_slice_of_the_examples():
+    params, layer = random_layer(0, 7, 4, 3, "tanh")
+    rate = 0.05
+    tx = loco.scale_by_locoprop(
+        target=loco.targets.gradient_descent(0.5),
+        solver=loco.solvers.first_order(
+            optax.sgd(rate), num_steps=5, decay_floor=1.0, local_batch_size=3
+        ),
+    )
+    x = np.c_[layer.inputs, np.ones(7)]
+    theta = start = np.vstack([params["kernel"], params["bias"]])
+    goal = np.tanh(x @ start) - 0.5 * np.asarray(layer.cotangents)
+    for rows in [slice(0, 7), slice(0, 3), slice(3, 6), slice(0, 3), slice(3, 6)]:
+        share = 1 if rows == slice(0, 7) else 7 / 3
+        residual = np.tanh(x[rows] @ theta) - goal[rows]
+        theta = theta - rate * share * x[rows].T @ residual
+    found = solved(tx, params, layer)
+    np.testing.assert_allclose(found["kernel"], (start - theta)[:-1], rtol=1e-9)
+
+
+def test_slices_need_examples():
+    params, layer = random_layer(0, 7, 4, 3, "tanh")
+    tx = loco.scale_by_locoprop(
+        solver=loco.solvers.first_order(optax.sgd(0.1), 3, local_batch_size=8)
+    )
+    with pytest.raises(ValueError, match=r"Layer 'layer': local_batch_size is 8.* 7\."):
+        solved(tx, params, layer)
+
+
+@pytest.mark.usefixtures("float64")
+def test_tolerance_stops_early():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+
+    loss = loco.losses.squared_loss()
+
+    def update(num_steps, tolerance=None):
+        tx = loco.scale_by_locoprop(
+            loss=loss,
+            target=loco.targets.gradient_descent(0.5),
+            solver=loco.solvers.first_order(
+                optax.sgd(0.05), num_steps, decay_floor=1.0, tolerance=tolerance
+            ),
+        )
+        return solved(tx, params, layer)["kernel"]
+
+    problem = problem_of(params, layer, gamma=0.5, loss=loss)
+    first = optax.tree.norm(problem.gradient_at_start())
+    step, taken = problem.no_step(), 0
+    while taken < 99 and optax.tree.norm(problem.gradient(step)) > 0.3 * first:
+        gradient = problem.gradient(step)
+        step = {name: step[name] - 0.05 * g for name, g in gradient.items()}
+        taken += 1
+    assert 1 < taken < 99
+    np.testing.assert_allclose(update(200, 0.3), update(taken), rtol=1e-9)
+    np.testing.assert_allclose(update(2, 1e-12), update(2), rtol=1e-9)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        loco.solvers.first_order(optax.sgd(0.1), tolerance=0.0)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"local_batch_size": 2}])
+def test_options_work_for_layers_solved_together(options):
+    loss_fn, params, batch = regression(MLP(hidden=3), features=3)  # equal layers
+    tx = loco.locoprop(
+        1.0,
+        solver=loco.solvers.first_order(optax.sgd(0.02), 4, **options),
+        momentum=None,
+    )
+    step, state = jax.jit(train_step(loss_fn, tx)), tx.init(params)
+    start = loss_fn(params, batch)
+    for _ in range(30):
+        params, state, loss = step(params, state, batch)
+    assert loss < 0.9 * start
+    assert step._cache_size() == 1

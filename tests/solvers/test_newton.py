@@ -1,8 +1,12 @@
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import locoprop_optax as loco
+from locoprop_optax._linear_maps import Product
 from tests.helpers import problem_of, random_layer, solved
 
 
@@ -64,3 +68,51 @@ def test_exact_solves_the_squared_loss_only():
     tx = loco.scale_by_locoprop(solver=loco.solvers.exact(0.1))
     with pytest.raises(ValueError, match=r"exact solves the squared loss, not .*tanh"):
         solved(tx, params, layer)
+
+
+@pytest.mark.parametrize("make", ["majorized_newton", "exact"])
+@pytest.mark.usefixtures("float64")
+def test_curvature_averaged_over_batches(make):
+    ema, average = 0.6, 0.0
+    solver = {
+        "majorized_newton": loco.solvers.majorized_newton(1, 0.1, ema=ema),
+        "exact": loco.solvers.exact(0.1, ema=ema),
+    }[make]
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.gradient_descent(0.7),
+        solver=solver,
+    )
+    params, _ = random_layer(0, 6, 4, 3)
+    state = tx.init({"layer": params})
+    for k in range(3):
+        n = 6 + k
+        _, layer = random_layer(k, n, 4, 3)
+        updates, state = tx.update(
+            {"layer": dict(layer.gradient)},
+            state,
+            {"layer": params},
+            intermediates=loco.Intermediates({"layer": layer}),
+        )
+        x = np.c_[layer.inputs, np.ones(n)]
+        average = ema * average + (1 - ema) * x.T @ x / n
+        curvature = n * average / (1 - ema ** (k + 1))
+        damped = curvature + 0.1 * np.trace(curvature) / 5 * np.eye(5)
+        expected = 0.7 * np.linalg.solve(damped, x.T @ layer.cotangents)
+        np.testing.assert_allclose(updates["layer"]["kernel"], expected[:-1], rtol=1e-8)
+
+
+def test_ema_refuses_what_it_cannot_hold():
+    _, layer = random_layer(0, 6, 4, 3, bias=False)
+    params = {"kernel": jnp.zeros((3, 4))}
+    swapped = replace(layer, gradient=dict(params), linear_map=Product("...i,oi->...o"))
+    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(ema=0.5))
+    match = r"Layer 'layer': `ema` has a state of shape \(3, 3\).* \(1, 4, 4\)"
+    with pytest.raises(ValueError, match=match):
+        solved(tx, params, swapped)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
+    stack = replace(stack, stack_dims=1)
+    with pytest.raises(ValueError, match=r"Layer 'layer' is a stack.*ema=0.0"):
+        solved(tx, {"kernel": jnp.zeros((2, 4, 3))}, stack)
+    with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
+        loco.solvers.majorized_newton(ema=1.0)

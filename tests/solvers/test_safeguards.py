@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import random_layer, solved
+from tests.helpers import layers, problem_of, random_layer, solved
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e3])
@@ -33,3 +35,39 @@ def test_limited_leaves_a_layer_of_zeros_free():
     assert float(optax.tree.norm(found)) > 0
     with pytest.raises(ValueError, match="max_relative_step must be positive"):
         loco.solvers.limited(solver, 0.0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("after", [False, True])
+@given(drawn=layers, rate=st.floats(0.01, 50.0))
+def test_line_searched_steps_never_raise_the_objective(after, drawn, rate):
+    params, layer = random_layer(**drawn)
+    loss = loco.losses.squared_loss(True) if after else loco.losses.matching_loss()
+    options = {"loss": loss, "regularizer": loco.regularizers.squared_l2(0.1)}
+    problem = problem_of(params, layer, gamma=0.5, **options)
+    wild = loco.solvers.first_order(optax.sgd(rate), 2, decay_floor=1.0)
+    tx, free = (
+        loco.scale_by_locoprop(
+            target=loco.targets.gradient_descent(0.5), solver=solver, **options
+        )
+        for solver in (loco.solvers.line_searched(wild, 4), wild)
+    )
+    step = {n: -u for n, u in solved(tx, params, layer).items()}
+    whole = {n: -u for n, u in solved(free, params, layer).items()}
+    values = [
+        problem.value({n: length * w for n, w in whole.items()})
+        for length in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 0)
+    ]
+    np.testing.assert_allclose(problem.value(step), np.nanmin(values), rtol=1e-9)
+
+
+def test_line_search_needs_a_value():
+    params, layer = random_layer(0, 6, 4, 3)
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.matching_loss(jnp.sin),
+        solver=loco.solvers.line_searched(
+            loco.solvers.first_order(optax.sgd(0.1), 2), 3
+        ),
+    )
+    with pytest.raises(ValueError, match=r"Layer 'layer': .*'sin' has no value"):
+        solved(tx, params, layer)

@@ -9,7 +9,6 @@ from locoprop_optax._hyperparams import (
     at,
     check_count,
     check_not_negative,
-    check_positive,
 )
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._local_problem import LocalProblem
@@ -22,7 +21,7 @@ def conjugate_gradient(
     damping: ScalarOrSchedule = 0.1,
     *,
     num_steps: int = 1,
-    tolerance: float | None = None,
+    tolerance: float = 0.0,
 ) -> Solver:
     r"""`majorized_newton` without its matrices: steps by conjugate gradients.
 
@@ -44,15 +43,15 @@ def conjugate_gradient(
         :math:`x^\top x`, at least 0; a float or a schedule.
       num_steps: at least 1.
       tolerance: stops a step's iterations once the residual is below this share of the
-        right-hand side. Default None: all iterations.
+        right-hand side. Default 0: once it is below what rounding leaves of it.
 
     Returns:
       The solver. A regularizer adds its own curvature to the matrix.
 
     Raises:
       TypeError: if a count is no Python int.
-      ValueError: if a count is below 1, `damping` is negative or `tolerance` not
-        positive; when a step is traced, if the loss or the regularizer has no bounded
+      ValueError: if a count is below 1, `damping` is negative or `tolerance`
+        negative; when a step is traced, if the loss or the regularizer has no bounded
         curvature. The message names the layer.
 
     Example:
@@ -70,12 +69,13 @@ def conjugate_gradient(
     check_count("num_iterations", num_iterations)
     check_count("num_steps", num_steps)
     check_not_negative("damping", damping)
-    if tolerance is not None:
-        check_positive("tolerance", tolerance)
+    check_not_negative("tolerance", tolerance)
 
     def solve_layer(problem: LocalProblem, relative: jax.Array) -> LayerParams:
         bound, penalty = bounds(problem, "conjugate_gradient")
         strength = relative * bound * _mean_eigenvalue(problem)
+
+        dtype = jnp.result_type(*problem.params.values())
 
         def product(step):
             apply = lambda s: problem.linear_map(s, problem.inputs)  # noqa: E731
@@ -93,7 +93,7 @@ def conjugate_gradient(
                 product,
                 {n: d.astype(step[n].dtype) for n, d in damped.items()},
                 maxiter=num_iterations,
-                tol=0.0 if tolerance is None else tolerance,
+                tol=max(tolerance, 10 * float(jnp.finfo(dtype).eps)),
             )
             return optax.tree.add(step, change)
 

@@ -1,0 +1,155 @@
+"""What Optax asks of its optimizers, asked of those that need intermediates."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import locoprop_optax as loco
+from tests.helpers import MLP, regression
+
+OPTIMIZERS = {
+    "locoprop": loco.locoprop,
+    "locoprop_m": lambda learning_rate=1e-3: loco.locoprop_m(learning_rate),
+    "locoprop_s": lambda learning_rate=1e-3: loco.locoprop_s(learning_rate),
+    "natural": lambda learning_rate=0.1: loco.locoprop(
+        learning_rate,
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.natural_gradient(0.1),
+        solver=loco.solvers.exact(0.1, ema=0.9),
+    ),
+    "conjugate": lambda learning_rate=0.1: loco.locoprop(
+        learning_rate,
+        target=loco.targets.momentum(loco.targets.normalized(0.05), 0.5),
+        solver=loco.solvers.line_searched(loco.solvers.conjugate_gradient(3)),
+    ),
+}
+optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def capture(loss_fn, params, batch):
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+    return grads, intermediates
+
+
+@optimizers
+def test_accepts_unknown_extra_arguments(make):
+    loss_fn, params, batch = regression()
+    grads, intermediates = capture(loss_fn, params, batch)
+    tx = make()
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    results = [
+        tx.update(grads, tx.init(params), params, intermediates=intermediates, **more)[
+            0
+        ]
+        for more in ({}, {"value": 1.0, "not_known_to_it": object()})
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@optimizers
+def test_traces_once(make):
+    loss_fn, params, batch = regression()
+    tx, traces = make(), []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        grads, intermediates = capture(loss_fn, params, batch)
+        updates, state = tx.update(grads, state, params, intermediates=intermediates)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(4):
+        params, state = step(params, state)
+    assert len(traces) == 1
+
+
+LINEAR = nn.Dense(3, use_bias=False)
+CONVEX = {
+    "parabola": lambda out, y: 0.5 * jnp.mean(jnp.sum((out - y) ** 2, -1)),
+    "logistic": lambda out, y: jnp.mean(
+        jnp.sum(optax.sigmoid_binary_cross_entropy(out, jax.nn.sigmoid(y)), -1)
+    ),
+    "poisson": lambda out, y: jnp.mean(
+        jnp.sum(jax.nn.softplus(out) - jax.nn.sigmoid(y) * out, -1)
+    ),
+}
+
+
+@optimizers
+@pytest.mark.parametrize("loss", CONVEX.values(), ids=CONVEX)
+def test_converges_on_a_convex_problem_under_scan(make, loss):
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    solution = jax.random.normal(jax.random.key(1), (4, 3))
+    params = LINEAR.init(jax.random.key(2), x)
+    tx = make(optax.linear_schedule(0.1 if make in FAST else 3e-3, 0.0, 400))
+
+    def loss_fn(params, batch):
+        return loss(LINEAR.apply(params, batch), x @ solution)
+
+    def step(carry, _):
+        params, state = carry
+        grads, intermediates = capture(loss_fn, params, x)
+        updates, state = tx.update(grads, state, params, intermediates=intermediates)
+        return (optax.apply_updates(params, updates), state), None
+
+    scanned = jax.jit(lambda carry: jax.lax.scan(step, carry, length=400)[0])
+    params, _ = scanned((params, tx.init(params)))
+    np.testing.assert_allclose(params["params"]["kernel"], solution, atol=0.06)
+
+
+FAST = [OPTIMIZERS[name] for name in ("locoprop", "natural", "conjugate")]
+
+
+@optimizers
+def test_injected_hyperparameters_change_nothing(make):
+    loss_fn, params, batch = regression()
+    results = []
+    for tx in (make(0.01), optax.inject_hyperparams(make)(learning_rate=0.01)):
+        state, moved = tx.init(params), params
+        for _ in range(3):
+            grads, intermediates = capture(loss_fn, moved, batch)
+            updates, state = tx.update(grads, state, moved, intermediates=intermediates)
+            moved = optax.apply_updates(moved, updates)
+        results.append(moved)
+    for first, second in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+@optimizers
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_of_updates_and_state(make, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        model = MLP(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+        loss_fn, params, batch = regression(model)
+        batch = jax.tree.map(lambda b: b.astype(dtype), batch)
+        grads, intermediates = capture(loss_fn, params, batch)
+        tx = make()
+        state = tx.init(params)
+        like = jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), state)
+        for _ in range(2):
+            updates, state = tx.update(
+                grads, state, params, intermediates=intermediates
+            )
+        assert like == jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), state)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
+
+
+@optimizers
+def test_learning_rate_takes_a_schedule(make):
+    loss_fn, params, batch = regression()
+    grads, intermediates = capture(loss_fn, params, batch)
+    schedule = optax.piecewise_constant_schedule(0.01, {1: 0.0})
+    tx = make(schedule)
+    state = tx.init(params)
+    sizes = []
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params, intermediates=intermediates)
+        sizes.append(float(optax.tree.norm(updates)))
+    assert sizes[0] > 0
+    if make in FAST:  # the momentum of RMSProp holds steps that are already scaled
+        assert sizes[1] == 0
