@@ -57,6 +57,17 @@ def train_step(loss_fn, tx):
     return step
 
 
+def counted(function):
+    """A jitted function, and a list that grows by one with each trace of it."""
+    traces = []
+
+    def trace(*args):
+        traces.append(None)
+        return function(*args)
+
+    return jax.jit(trace), traces
+
+
 def random_layer(seed, n, d_in, d_out, transfer="identity", bias=True):
     """A Dense layer's parameters and intermediates with random numbers."""
     rng = np.random.default_rng(seed)

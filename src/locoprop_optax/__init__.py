@@ -2,6 +2,7 @@
 
 from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
 from locoprop_optax._check import check_intermediates
+from locoprop_optax._curveball import curveball
 from locoprop_optax._diagnostics import LayerDiagnostics, diagnostics_of
 from locoprop_optax._intermediates import (
     Intermediates,
@@ -10,6 +11,10 @@ from locoprop_optax._intermediates import (
     join_intermediates,
 )
 from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
+from locoprop_optax._quadratic_model import (
+    ScaleByQuadraticModelState,
+    scale_by_quadratic_model,
+)
 from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
 
 __version__ = "0.1.0"
@@ -19,8 +24,10 @@ __all__ = [
     "LayerDiagnostics",
     "LayerIntermediates",
     "ScaleByLocoPropState",
+    "ScaleByQuadraticModelState",
     "add_sampled_cotangents",
     "check_intermediates",
+    "curveball",
     "diagnostics_of",
     "join_intermediates",
     "linen",
@@ -31,6 +38,7 @@ __all__ = [
     "nnx",
     "regularizers",
     "scale_by_locoprop",
+    "scale_by_quadratic_model",
     "solvers",
     "targets",
 ]

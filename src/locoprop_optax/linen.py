@@ -6,7 +6,7 @@ An interceptor probes each layer's output while the loss runs. The probes sit in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,16 @@ from locoprop_optax._capture import (
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
 from locoprop_optax._linen_layers import linear_map_of, register_linear
+from locoprop_optax._quadratic_model import ModelAndLoss
 from locoprop_optax._transfers import Transfer
 
-__all__ = ["TrainState", "register_linear", "tabulate", "value_and_grad"]
+__all__ = [
+    "TrainState",
+    "model_and_loss",
+    "register_linear",
+    "tabulate",
+    "value_and_grad",
+]
 
 _PROBE = "locoprop_probe:"
 
@@ -141,6 +148,56 @@ def tabulate(
         return table(captures, params, exclude)
 
     return show
+
+
+def model_and_loss(
+    apply_fn: Callable[..., Any],
+    loss_fn: Callable[[Any], jax.Array],
+    *inputs: Any,
+    collections: Mapping[str, Any] | None = None,
+    mutable: Sequence[str] = (),
+    **options: Any,
+) -> ModelAndLoss:
+    """Parts a loss into a model and a loss of its outputs, for one batch.
+
+    `curveball` and `scale_by_quadratic_model` take the two functions.
+
+    Args:
+      apply_fn: the model's `apply`.
+      loss_fn: from the model's outputs to a scalar.
+      *inputs: what the model is called with.
+      collections: the collections beside `params`, such as batch statistics.
+      mutable: those that a pass changes.
+      **options: other options of `apply_fn`, such as `rngs`, which stay the same in all
+        passes of a step.
+
+    Returns:
+      The functions of the parameters, and one to the changed collections.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.ones((4, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> functions = loco.linen.model_and_loss(
+      ...     model.apply, lambda outputs: jnp.mean(outputs**2), x,
+      ...     collections={"batch_stats": variables["batch_stats"]},
+      ...     mutable=["batch_stats"])
+      >>> functions.model_fn(variables["params"]).shape
+      (4, 3)
+      >>> list(functions.mutated(variables["params"]))
+      ['batch_stats']
+    """
+
+    def run(params):
+        variables = {"params": params, **(collections or {})}
+        return apply_fn(variables, *inputs, mutable=list(mutable), **options)
+
+    return ModelAndLoss(
+        model_fn=lambda params: run(params)[0],
+        loss_fn=loss_fn,
+        mutated=lambda params: run(params)[1],
+    )
 
 
 class TrainState(train_state.TrainState):

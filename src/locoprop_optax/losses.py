@@ -118,7 +118,7 @@ class MatchingLoss:
         It is summed in float32 at least. Outside the range of :math:`f`, where
         :math:`F^*(t)` is infinite, that of a near point of the range stands for it;
         where the transfer function has no :math:`F^*`, zero does. Targets of a softmax
-        are taken as shares of their sum.
+        that sum to 1 but for rounding are taken as shares of their sum.
         """
         if self.transfer.potential is None:
             raise LayerError(
@@ -127,7 +127,8 @@ class MatchingLoss:
                 "solver that needs only gradients."
             )
         a, t = at_least_float32((preactivations, targets))
-        return _matching_value(self.transfer, a, t)
+        rounding = float(jnp.finfo(jnp.result_type(targets)).eps)
+        return _matching_value(self.transfer, rounding, a, t)
 
     def gradient(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
@@ -136,29 +137,46 @@ class MatchingLoss:
         return self.output(preactivations) - targets
 
 
-def _divergence(transfer: Transfer, a: Array, t: Array) -> Array:
+def _divergence(transfer: Transfer, rounding: float, a: Array, t: Array) -> Array:
     if transfer.divergence is None:
         assert transfer.potential is not None
         value = jnp.sum(transfer.potential(a)) - jnp.sum(a * t)
         conjugate = transfer.conjugate
         return value if conjugate is None else value + jnp.sum(conjugate(t))
-    if transfer.over_last_axis:  # shares: constants in a row of a have no effect
-        a = a - jnp.max(a, axis=-1, keepdims=True)
-        t = t / jnp.sum(t, axis=-1, keepdims=True)
+    if transfer.over_last_axis:
+        return _divergence_of_rows(transfer, rounding, a, t)
     within = transfer.project(t)
     divergence = jnp.maximum(transfer.divergence(a, within), 0)
     return jnp.sum(divergence) + jnp.sum(a * (within - t))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _matching_value(transfer: Transfer, a: Array, t: Array) -> Array:
-    return _divergence(transfer, a, t)
+def _divergence_of_rows(
+    transfer: Transfer, rounding: float, a: Array, t: Array
+) -> Array:
+    """Of shares: a constant in a row of a counts only as far as t misses the sum 1."""
+    assert transfer.divergence is not None
+    total = jnp.sum(t, axis=-1, keepdims=True)
+    size = jnp.maximum(1, jnp.sum(jnp.abs(t), axis=-1, keepdims=True))
+    rounded = jnp.abs(total - 1) <= rounding * t.shape[-1] * size
+    t = jnp.where(rounded, t / jnp.where(rounded, total, 1), t)
+    missing = jnp.where(rounded, 0, 1 - total)
+    constant = jnp.max(a, axis=-1, keepdims=True)
+    within = transfer.project(t)
+    divergence = jnp.maximum(transfer.divergence(a, within), 0)
+    beyond = jnp.sum((a - constant) * (within - t)) + jnp.sum(constant * missing)
+    return jnp.sum(divergence) + beyond
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _matching_value(transfer: Transfer, rounding: float, a: Array, t: Array) -> Array:
+    return _divergence(transfer, rounding, a, t)
 
 
 @_matching_value.defjvp
-def _matching_value_jvp(transfer, primals, tangents):
+def _matching_value_jvp(transfer, rounding, primals, tangents):
     (a, t), (a_dot, t_dot) = primals, tangents
-    value, along_t = jax.jvp(partial(_divergence, transfer, a), (t,), (t_dot,))
+    of_targets = partial(_divergence, transfer, rounding, a)
+    value, along_t = jax.jvp(of_targets, (t,), (t_dot,))
     return value, along_t + jnp.sum((transfer.function(a) - t) * a_dot)
 
 

@@ -27,9 +27,10 @@ from locoprop_optax._capture import (
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
 from locoprop_optax._nnx_layers import linear_map_of, register_linear
+from locoprop_optax._quadratic_model import ModelAndLoss
 from locoprop_optax._transfers import Transfer
 
-__all__ = ["register_linear", "tabulate", "value_and_grad"]
+__all__ = ["model_and_loss", "register_linear", "tabulate", "value_and_grad"]
 
 
 class Probe(nnx.Param):
@@ -161,6 +162,51 @@ def tabulate(
         return table(captures, params, exclude)
 
     return show
+
+
+def model_and_loss(
+    model: nnx.Module, loss_fn: Callable[[Any], jax.Array], *inputs: Any, **options: Any
+) -> ModelAndLoss:
+    """Parts a loss into a model and a loss of its outputs, for one batch.
+
+    `curveball` and `scale_by_quadratic_model` take the two functions. The model itself
+    is not changed; random counts stay the same in all passes of a step.
+
+    Args:
+      model: the model.
+      loss_fn: from the model's outputs to a scalar.
+      *inputs: what the model is called with.
+      **options: what else it is called with, by name.
+
+    Returns:
+      The functions of the parameters, an `nnx.State`, and one to the state that a pass
+      changes, to be put into the model by `nnx.update`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import locoprop_optax as loco
+      >>> model, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+      >>> functions = loco.nnx.model_and_loss(model, lambda y: jnp.mean(y**2), x)
+      >>> params = nnx.state(model, nnx.Param)
+      >>> functions.model_fn(params).shape
+      (4, 3)
+      >>> nnx.update(model, functions.mutated(params))
+      >>> [round(float(mean), 2) for mean in model.mean]
+      [0.01, 0.01, 0.01]
+    """
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def run(params):
+        copy = nnx.merge(graphdef, params, rest, copy=True)
+        outputs = copy(*inputs, **options)  # pyright: ignore[reportCallIssue]
+        return outputs, nnx.state(copy, nnx.Not(nnx.Param))
+
+    return ModelAndLoss(
+        model_fn=lambda params: run(params)[0],
+        loss_fn=loss_fn,
+        mutated=lambda params: run(params)[1],
+    )
 
 
 def _discover(

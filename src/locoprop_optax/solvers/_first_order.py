@@ -109,7 +109,7 @@ def first_order(
         params = problems.params()
 
         def advance(k, gradient, step, state):
-            decay = jnp.maximum(1 - k / num_steps, decay_floor)
+            decay = jnp.maximum(1 - k * (1 / num_steps), decay_floor)
             now, factor = optimizer_at(count, decay)
             updates, state = now.update(gradient, state, _add(params, step))
             scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)

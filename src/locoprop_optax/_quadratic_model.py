@@ -1,0 +1,398 @@
+r"""Step size and momentum from the damped Gauss-Newton model of the loss.
+
+With the model's outputs :math:`\Phi(\theta)`, a loss :math:`\ell(\Phi)`, the Jacobian
+:math:`J` of the outputs and the Hessian :math:`H` of the loss in them, the model of the
+change that a step :math:`s` makes is
+
+.. math::
+  q(s) = \nabla^\top s + \tfrac12 s^\top (J^\top H J + \lambda I)\, s .
+
+References:
+  Henriques, Ehrhardt, Albanie, Vedaldi, `Small Steps and Giant Leaps: Minimal Newton
+  Solvers for Deep Learning <https://arxiv.org/abs/1805.08095>`_, 2019, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from locoprop_optax._dtypes import at_least_float32
+from locoprop_optax._hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
+
+
+class ScaleByQuadraticModelState(NamedTuple):
+    r"""State of `scale_by_quadratic_model` and of `curveball`.
+
+    Attributes:
+      count: the number of updates so far.
+      velocity: the last step :math:`z`, before the learning rate.
+      damping: :math:`\lambda`.
+      value: the loss before the last step.
+      step_size: :math:`\beta` of the last step.
+      momentum: :math:`\rho` of the last step.
+      ratio: the loss's change over the model's, when it was last compared; NaN before.
+      skipped: how many steps were skipped because something was not finite.
+    """
+
+    count: Int[Array, ""]
+    velocity: Any
+    damping: Float[Array, ""]
+    value: Float[Array, ""]
+    step_size: Float[Array, ""]
+    momentum: Float[Array, ""]
+    ratio: Float[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class ModelAndLoss(NamedTuple):
+    """A model and its loss as two functions, as a Gauss-Newton model needs them.
+
+    Attributes:
+      model_fn: from parameters to outputs; the same dropout masks at each call.
+      loss_fn: from outputs to a scalar.
+      mutated: from parameters to the collections that a pass changes, such as batch
+        statistics; to be called once a step. Under `jit` it costs nothing: the pass is
+        that of the optimizer.
+    """
+
+    model_fn: Callable[[Any], Any]
+    loss_fn: Callable[[Any], Array]
+    mutated: Callable[[Any], Any]
+
+
+class Linearization(NamedTuple):
+    """A model and its loss near the parameters; all products share one forward pass.
+
+    Attributes:
+      value: the loss.
+      loss_gradient: of the loss in the outputs.
+      push: from a change of the parameters, in any dtypes, to that of the outputs, J.
+      pull: from cotangents of the outputs to the parameters', the transpose of J.
+      curve: from a change of the outputs to that of the loss's gradient, H.
+    """
+
+    value: Array
+    loss_gradient: Any
+    push: Callable[[Any], Any]
+    pull: Callable[[Any], Any]
+    curve: Callable[[Any], Any]
+
+    @classmethod
+    def of(
+        cls,
+        model_fn: Callable[[Any], Any],
+        loss_fn: Callable[[Any], Array],
+        params: Any,
+    ) -> Linearization:
+        """Linearizes the model at the parameters and the loss's gradient there."""
+        outputs, linear = jax.linearize(model_fn, params)
+        loss_gradient, curve = jax.linearize(jax.grad(loss_fn), outputs)
+        transposed = jax.linear_transpose(linear, params)
+
+        def push(change):
+            return linear(jax.tree.map(lambda c, p: c.astype(p.dtype), change, params))
+
+        def pull(cotangents):
+            return transposed(cotangents)[0]
+
+        return cls(loss_fn(outputs), loss_gradient, push, pull, curve)
+
+
+Direction = Callable[[Linearization, Any, Any, Array], tuple[Any, Any]]
+
+
+def scale_by_quadratic_model(
+    learning_rate: ScalarOrSchedule = 1.0,
+    damping: float = 1.0,
+    *,
+    step_size: ScalarOrSchedule | None = None,
+    momentum: ScalarOrSchedule | None = None,
+    damping_decay: float = 0.95,
+    adapt_every: int = 5,
+    trusted: tuple[float, float] = (0.25, 0.75),
+    damping_range: tuple[float, float] = (1e-8, 1e8),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Step size and momentum for any direction, with no rate to tune.
+
+    With the incoming direction :math:`d`, signed like a gradient, and the last step
+    :math:`z`, it returns :math:`\eta` times the step in their span that minimizes
+    :math:`q`:
+
+    .. math::
+      z \leftarrow \rho z - \beta d, \qquad
+      \begin{pmatrix} \beta \\ -\rho \end{pmatrix} =
+      \begin{pmatrix} d^\top \hat H d & z^\top \hat H d \\
+        z^\top \hat H d & z^\top \hat H z \end{pmatrix}^{-1}
+      \begin{pmatrix} \nabla^\top d \\ \nabla^\top z \end{pmatrix}, \qquad
+      \hat H = J^\top H J + \lambda I .
+
+    Every few steps the change of the loss is compared with :math:`q`, and
+    :math:`\lambda` adapted. It must be the last of a chain: its updates are ready for
+    `optax.apply_updates`, and the comparison needs the real step. It costs two
+    forward-mode products a step. Where z adds nothing to the span, as at the first
+    step, it minimizes along d alone.
+
+    Args:
+      learning_rate: :math:`\eta > 0`, a float or a schedule.
+      damping: :math:`\lambda > 0` at the start.
+      step_size: :math:`\beta`, to fix it. Default None: from the model.
+      momentum: :math:`\rho`, to fix it. Default None: from the model.
+      damping_decay: what :math:`\lambda` is multiplied by, for each step since the last
+        comparison, after a good one, and divided by after a bad one; in (0, 1]. 1 keeps
+        it.
+      adapt_every: the number of steps from one comparison to the next; the first step
+        has one.
+      trusted: the ratio of the loss's change to the model's below which
+        :math:`\lambda` grows, and that above which it shrinks.
+      damping_range: the least and the largest :math:`\lambda`.
+
+    Returns:
+      A transformation whose `update` takes `params`, `model_fn`, a function from
+      parameters to the model's outputs, any tree, and `loss_fn`, one from outputs to a
+      scalar, convex and twice differentiable. Both are closed over the batch. Steps
+      that are not finite are skipped, and :math:`\lambda` grows.
+
+    Raises:
+      TypeError: if `adapt_every` is no Python int; from `update`, if `params`,
+        `model_fn` or `loss_fn` is missing.
+      ValueError: if a number is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.Dense(2), jnp.eye(3)
+      >>> model_fn = lambda params: model.apply(params, x)
+      >>> loss_fn = lambda outputs: jnp.mean((outputs - 1) ** 2)
+      >>> total = lambda params: loss_fn(model_fn(params))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> tx = optax.chain(loco.scale_by_locoprop(), loco.scale_by_quadratic_model())
+      >>> loss, grads, intermediates = loco.linen.value_and_grad(total)(params)
+      >>> updates, state = tx.update(
+      ...     grads, tx.init(params), params, intermediates=intermediates,
+      ...     model_fn=model_fn, loss_fn=loss_fn)
+      >>> bool(total(optax.apply_updates(params, updates)) < loss)
+      True
+
+    References:
+      Henriques et al., 2019, equations 17 to 20; Martens, Grosse, `Optimizing Neural
+      Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015, sections 6 and 7.
+    """
+
+    def incoming(linearization, updates, velocity, damping):
+        del linearization, velocity, damping
+        return updates, None
+
+    return minimize_along(
+        incoming,
+        learning_rate=learning_rate,
+        damping=damping,
+        step_size=step_size,
+        momentum=momentum,
+        damping_decay=damping_decay,
+        adapt_every=adapt_every,
+        trusted=trusted,
+        damping_range=damping_range,
+    )
+
+
+def minimize_along(
+    direction: Direction,
+    *,
+    learning_rate: ScalarOrSchedule,
+    damping: float,
+    step_size: ScalarOrSchedule | None,
+    momentum: ScalarOrSchedule | None,
+    damping_decay: float,
+    adapt_every: int,
+    trusted: tuple[float, float],
+    damping_range: tuple[float, float],
+) -> optax.GradientTransformationExtraArgs:
+    """Minimizes the damped model over the span of a direction and the last step.
+
+    Args:
+      direction: from (linearization, updates, last step, damping) to the direction and
+        the gradient; None for the gradient of `loss_fn` at `model_fn`.
+      learning_rate: as in `scale_by_quadratic_model`, as all others.
+      damping: as there.
+      step_size: as there.
+      momentum: as there.
+      damping_decay: as there.
+      adapt_every: as there.
+      trusted: as there.
+      damping_range: as there.
+    """
+    check_positive("learning_rate", learning_rate)
+    check_not_negative("damping", damping)
+    check_count("adapt_every", adapt_every)
+    if not 0 < damping_decay <= 1:
+        raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
+    _check_interval("trusted", trusted)
+    _check_interval("damping_range", damping_range)
+
+    def init(params):
+        zero = jnp.zeros((), jnp.float32)
+        return ScaleByQuadraticModelState(
+            count=jnp.zeros((), jnp.int32),
+            velocity=jax.tree.map(jnp.zeros_like, at_least_float32(params)),
+            damping=jnp.asarray(damping, jnp.float32),
+            value=zero,
+            step_size=zero,
+            momentum=zero,
+            ratio=jnp.asarray(jnp.nan, jnp.float32),
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        model_fn: Any = None,
+        loss_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByQuadraticModelState]:
+        del extra_args
+        _check_given(params=params, model_fn=model_fn, loss_fn=loss_fn)
+        linear = Linearization.of(model_fn, loss_fn, params)
+        z, strength = state.velocity, state.damping
+        d, gradient = direction(linear, updates, z, strength)
+        matrix, slopes = _on_the_plane(linear, gradient, d, z, strength)
+        fixed = [
+            None if value is None else jnp.asarray(at(value, state.count))
+            for value in (step_size, momentum)
+        ]
+        beta, rho = _coefficients(matrix, slopes, *fixed)
+        moved = jax.tree.map(
+            lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
+        )
+        rate = at(learning_rate, state.count)
+        step = jax.tree.map(lambda v, p: (rate * v).astype(p.dtype), moved, params)
+        plane = jnp.stack([-beta, rho])
+        expected = rate * plane @ slopes + 0.5 * rate**2 * plane @ matrix @ plane
+
+        def compare():
+            new = loss_fn(model_fn(optax.apply_updates(params, step)))
+            change = (new - linear.value) / jnp.where(expected < 0, expected, jnp.nan)
+            return change.astype(jnp.float32)
+
+        compared = state.count % adapt_every == 0
+        ratio = jax.lax.cond(compared, compare, lambda: state.ratio)
+        finite = jnp.isfinite(linear.value) & _all_finite(moved)
+        finite &= ~compared | jnp.isfinite(ratio) | (expected == 0)
+        factor = damping_decay**adapt_every
+        grows = (compared & ~(ratio >= trusted[0])) | ~finite
+        shrinks = compared & finite & (ratio > trusted[1])
+        change = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
+        adapted = jnp.clip(strength * change, *damping_range)
+        new_state = ScaleByQuadraticModelState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
+            damping=strength if damping_decay == 1 else adapted,
+            value=linear.value.astype(jnp.float32),
+            step_size=beta.astype(jnp.float32),
+            momentum=rho.astype(jnp.float32),
+            ratio=ratio,
+            skipped=state.skipped + ~finite,
+        )
+        nothing = jax.tree.map(jnp.zeros_like, step)
+        return optax.tree.where(finite, step, nothing), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def inner(first: Any, second: Any) -> Array:
+    """The inner product of two trees, summed in float32 at least."""
+    parts = jax.tree.map(
+        lambda a, b: jnp.sum(a * b), *map(at_least_float32, (first, second))
+    )
+    return jnp.asarray(sum(jax.tree.leaves(parts)))
+
+
+def _on_the_plane(
+    linear: Linearization, gradient: Any, d: Any, z: Any, damping: Array
+) -> tuple[Float[Array, "2 2"], Float[Array, "2"]]:
+    """The damped curvature and the gradient's slopes along d and z."""
+    plane = [d, z]
+    pushed = [linear.push(along) for along in plane]
+    curved = [linear.curve(change) for change in pushed]
+    d_curves, crossed, z_curves = (
+        inner(pushed[i], curved[j]) + damping * inner(plane[i], plane[j])
+        for i, j in ((0, 0), (1, 0), (1, 1))
+    )
+    matrix = jnp.stack([d_curves, crossed, crossed, z_curves]).reshape(2, 2)
+    if gradient is None:
+        slopes = [inner(linear.loss_gradient, change) for change in pushed]
+    else:
+        slopes = [inner(gradient, along) for along in plane]
+    return matrix, jnp.stack(slopes)
+
+
+def _coefficients(
+    matrix: Float[Array, "2 2"],
+    slopes: Float[Array, "2"],
+    beta: Array | None,
+    rho: Array | None,
+) -> tuple[Array, Array]:
+    """The step size and the momentum, as far as they are not given."""
+    (d_curves, crossed), (_, z_curves) = matrix
+    if beta is not None and rho is not None:
+        return beta, rho
+    if beta is not None:
+        return beta, _divide(beta * crossed - slopes[1], z_curves)
+    if rho is not None:
+        return _divide(slopes[0] + rho * crossed, d_curves), rho
+    scale = jnp.sqrt(jnp.diagonal(matrix))
+    scaled, cosine = slopes / scale, crossed / (scale[0] * scale[1])
+    determinant = 1 - cosine**2
+    both = (scaled - cosine * scaled[::-1]) / (determinant * scale)
+    independent = determinant > 64 * jnp.finfo(matrix.dtype).eps
+    descends = independent & jnp.all(jnp.isfinite(both)) & (both @ slopes > 0)
+    along_d = jnp.stack([_divide(slopes[0], d_curves), jnp.zeros_like(d_curves)])
+    along_z = jnp.stack([jnp.zeros_like(z_curves), _divide(slopes[1], z_curves)])
+    alone = jnp.where(d_curves > 0, along_d, along_z)
+    chosen = jnp.where(descends, both, alone)
+    return chosen[0], -chosen[1]
+
+
+def _divide(number: Array, curvature: Array) -> Array:
+    """The minimum of a parabola; zero where it is not curved upwards."""
+    return jnp.where(curvature > 0, number / curvature, 0)
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    )
+
+
+def _check_interval(name: str, interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(
+            f"{name} must be two numbers, the first smaller and not negative, got "
+            f"{interval}."
+        )
+
+
+def _check_given(**given: Any) -> None:
+    for name, value in given.items():
+        if value is None:
+            raise TypeError(
+                f"update needs `{name}`: call tx.update(updates, state, params, "
+                "model_fn=..., loss_fn=...) with a function from parameters to outputs "
+                "and one from outputs to the loss, both closed over the batch. "
+                "locoprop_optax.linen.model_and_loss and nnx.model_and_loss make them."
+            )
