@@ -116,11 +116,24 @@ def _read_folder(folder: Path) -> Images:
     return Images(*(_read_images(folder, part) for part in ("train", "t10k")))
 
 
+def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of the training and the test images, from IDX files."""
+    train, test = (
+        read_idx(_find(folder, f"{part}-labels-idx1-ubyte")).astype(np.int32)
+        for part in ("train", "t10k")
+    )
+    return train, test
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise ValueError(f"{folder}: neither {name} nor {name}.gz is there.")
+
+
 def _read_images(folder: Path, part: str) -> np.ndarray:
-    name = f"{part}-images-idx3-ubyte"
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
-    if path is None:
-        raise ValueError(f"{folder}: neither {name} nor {name}.gz is there.")
+    path = _find(folder, f"{part}-images-idx3-ubyte")
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (_SIDE, _SIDE):
         raise ValueError(
