@@ -3,8 +3,8 @@
 Three tasks on MNIST: a classifier 784-128-64-32-10 with tanh at batch 64, the same with
 batch normalization, and the deep autoencoder at batch 1000. All optimizers start from
 the same weights, see the same batches, and take turns, so that their times are measured
-under the same conditions. The rates of SGD with momentum and of Adam, and the damping of
-CurveBall, are the best of a few after a short run.
+under the same conditions. The rates of SGD with momentum and of Adam, and the damping
+of CurveBall, are the best of a few after a short run.
 """
 
 import argparse

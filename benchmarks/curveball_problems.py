@@ -3,8 +3,8 @@
 The Rosenbrock function as two residuals, without noise and with noise that is drawn
 afresh at every evaluation, and a badly conditioned linear network of two layers (Rahimi
 and Recht). Each is started many times; it is solved at the first step that finds a loss
-below 1e-4, before it moves. The rates of SGD with momentum and of Adam are the best of a
-grid for each problem.
+below 1e-4, before it moves. The rates of SGD with momentum and of Adam are the best of
+a grid for each problem.
 """
 
 import argparse
