@@ -54,6 +54,27 @@ def test_results_of_the_problems_are_whole():
     assert len(curveball_problems.rows(results)) == len(methods)
 
 
+@pytest.mark.parametrize(
+    ("name", "benchmark"),
+    [
+        ("curveball_problems", curveball_problems),
+        ("curveball_minibatch", curveball_minibatch),
+    ],
+)
+def test_tables_of_the_page_are_the_committed_results(name, benchmark):
+    page = (RESULTS.parents[1] / "docs" / "curveball.md").read_text()
+    for row in benchmark.rows(read(name)):
+        assert f"| {' | '.join(row)} |" in page
+
+
+def test_curves_quoted_on_the_page():
+    page = (RESULTS.parents[1] / "docs" / "curveball.md").read_text()
+    for r in read("curveball_minibatch"):
+        if r["optimizer"].startswith("LocoProp"):
+            losses = {p["steps"]: f"{p['train_loss']:.1f}" for p in r["curve"]}
+            assert f"{losses[40]}, {losses[100]} and {losses[200]}" in page
+
+
 def test_cells():
     assert curveball_problems.cell([3, 5]) == "4.0 ± 1.0"
     assert curveball_problems.cell([3, 5000]).endswith("(1 not)")
