@@ -6,6 +6,7 @@ from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Float
 
 _LEAF = 64
+_PIVOTS = 4
 
 
 def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
@@ -55,15 +56,35 @@ def by_halves(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 def _by_sweeps(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Sweeps one row and column after another, in place (Goodnight 1979)."""
-    index = jnp.arange(matrix.shape[0])
+    """Sweeps a few rows and columns after another (Goodnight 1979)."""
+    size = matrix.shape[0]
+    missing = -size % _PIVOTS
+    ones = jnp.pad(jnp.zeros(size, matrix.dtype), (0, missing), constant_values=1)
+    matrix = jnp.pad(matrix, (0, missing)) + jnp.diag(ones)
 
     def sweep(k, swept):
-        column = swept[:, k]
-        pivot, here = column[k], index == k
-        edge = jnp.where(here, -1, column) / pivot
-        inner = swept - jnp.outer(column, column) / pivot
-        inner = jnp.where(here[None, :], edge[:, None], inner)
-        return jnp.where(here[:, None], edge[None, :], inner)
+        at = k * _PIVOTS
+        columns = jax.lax.dynamic_slice_in_dim(swept, at, _PIVOTS, axis=1)
+        pivots = jax.lax.dynamic_slice_in_dim(columns, at, _PIVOTS)
+        minus_eye = -jnp.eye(_PIVOTS, dtype=swept.dtype)
+        others = jax.lax.dynamic_update_slice_in_dim(columns, minus_eye, at, axis=0)
+        edge = others @ _small_inverse(pivots)
+        swept = swept - edge @ columns.T
+        swept = jax.lax.dynamic_update_slice_in_dim(swept, edge, at, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(swept, edge.T, at, axis=0)
 
-    return -jax.lax.fori_loop(0, matrix.shape[0], sweep, matrix)
+    swept = jax.lax.fori_loop(0, matrix.shape[0] // _PIVOTS, sweep, matrix)
+    return -swept[:size, :size]
+
+
+def _small_inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Sweeps one row and column after another."""
+    index = jnp.arange(matrix.shape[0])
+    for k in range(matrix.shape[0]):
+        column = matrix[:, k]
+        here = index == k
+        edge = jnp.where(here, -1, column) / column[k]
+        inner = matrix - jnp.outer(column, column) / column[k]
+        inner = jnp.where(here[None, :], edge[:, None], inner)
+        matrix = jnp.where(here[:, None], edge[None, :], inner)
+    return -matrix

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_letters
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,18 @@ from jaxtyping import Array, Float
 from opt_einsum.parser import parse_einsum_input
 
 from locoprop_optax._layers import LayerParams
+
+
+class Matrices(NamedTuple):
+    """A layer's parameters, or numbers of their shapes, as matrices.
+
+    Attributes:
+      kernel: W.
+      bias: b as one row; None if there is none.
+    """
+
+    kernel: Float[Array, "g d o"]
+    bias: Float[Array, "g 1 o"] | None
 
 
 class LinearMap(Protocol):
@@ -41,14 +53,12 @@ class LinearMap(Protocol):
         """The matrices X; `params` gives the parameters' shapes."""
         ...
 
-    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
-        """The matrices W, the bias as their last row if there is one."""
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The parameters as matrices."""
         ...
 
-    def from_matrix(
-        self, matrix: Float[Array, "g rows o"], like: LayerParams
-    ) -> LayerParams:
-        """The inverse of `to_matrix`, in the shapes of `like`."""
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The inverse of `to_matrices`, in the shapes of `like`."""
         ...
 
 
@@ -84,7 +94,7 @@ class Product:
         size = math.prod(x.shape[: len(groups)])
         return x.reshape(size, -1, math.prod(x.shape[x.ndim - len(summed) :]))
 
-    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
+    def to_matrices(self, params: LayerParams) -> Matrices:
         """The kernel's axes sorted into groups, what is summed, and outputs."""
         groups, summed, outputs = self._kernel_axes
         kernel = params["kernel"]
@@ -93,14 +103,11 @@ class Product:
         shape = (k.shape[: split[0]], k.shape[split[0] : split[1]], k.shape[split[1] :])
         matrix = k.reshape([math.prod(part) for part in shape])
         if "bias" not in params:
-            return matrix
+            return Matrices(matrix, None)
         bias = jnp.einsum(f"{self._bias_axes}->{groups}{outputs}", params["bias"])
-        row = bias.reshape(matrix.shape[0], 1, matrix.shape[2])
-        return jnp.concatenate([matrix, row], axis=1)
+        return Matrices(matrix, bias.reshape(matrix.shape[0], 1, matrix.shape[2]))
 
-    def from_matrix(
-        self, matrix: Float[Array, "g rows o"], like: LayerParams
-    ) -> LayerParams:
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
         """Puts the axes back to where they were."""
         groups, summed, outputs = self._kernel_axes
         sizes = dict(zip(self.axes, like["kernel"].shape, strict=True))
@@ -108,11 +115,10 @@ class Product:
         def restore(part, axes, to):
             return jnp.einsum(f"{axes}->{to}", part.reshape([sizes[a] for a in axes]))
 
-        rows = math.prod(sizes[axis] for axis in summed)
-        kernel = restore(matrix[:, :rows], groups + summed + outputs, self.axes)
-        if "bias" not in like:
+        kernel = restore(matrices.kernel, groups + summed + outputs, self.axes)
+        if matrices.bias is None:
             return {"kernel": kernel}
-        bias = restore(matrix[:, rows], groups + outputs, self._bias_axes)
+        bias = restore(matrices.bias, groups + outputs, self._bias_axes)
         return {"kernel": kernel, "bias": bias}
 
     @property
@@ -215,26 +221,21 @@ class Channelwise:
         entries = jnp.moveaxis(jax.vmap(picked)(picks), 0, 2)
         return jnp.moveaxis(entries.reshape(*entries.shape[:2], -1), 1, 0)[..., :rows]
 
-    def to_matrix(self, params: LayerParams) -> Float[Array, "g rows o"]:
+    def to_matrices(self, params: LayerParams) -> Matrices:
         """The kernel with all axes but the channels' made one, by group."""
         kernel = jnp.moveaxis(params["kernel"], self.channel_axis, -1)
-        parts = [kernel.reshape(-1, self.groups, kernel.shape[-1] // self.groups)]
-        if "bias" in params:
-            parts.append(params["bias"].reshape(1, self.groups, -1))
-        return jnp.moveaxis(jnp.concatenate(parts), 1, 0)
+        entries = kernel.reshape(-1, self.groups, kernel.shape[-1] // self.groups)
+        bias = params["bias"].reshape(self.groups, 1, -1) if "bias" in params else None
+        return Matrices(jnp.moveaxis(entries, 1, 0), bias)
 
-    def from_matrix(
-        self, matrix: Float[Array, "g rows o"], like: LayerParams
-    ) -> LayerParams:
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
         """Puts the axes back to where they were."""
         shape = jnp.moveaxis(like["kernel"], self.channel_axis, -1).shape
-        entries = jnp.moveaxis(matrix, 0, 1)
-        kernel = entries[: math.prod(shape[:-1])].reshape(shape)
+        kernel = jnp.moveaxis(matrices.kernel, 0, 1).reshape(shape)
         kernel = jnp.moveaxis(kernel, -1, self.channel_axis)
-        bias = (
-            {"bias": entries[-1].reshape(like["bias"].shape)} if "bias" in like else {}
-        )
-        return {"kernel": kernel, **bias}
+        if matrices.bias is None:
+            return {"kernel": kernel}
+        return {"kernel": kernel, "bias": matrices.bias.reshape(like["bias"].shape)}
 
 
 def counts_examples_first(linear_map: LinearMap) -> bool:
@@ -272,13 +273,13 @@ def check_channelwise(
         x = jax.random.normal(next(keys), jnp.shape(inputs))
         drawn = {n: jax.random.normal(next(keys), p.shape) for n, p in params.items()}
         found = linear_map(drawn, x)
-        design, matrix = linear_map.design(drawn, x), linear_map.to_matrix(drawn)
-        rows = design.shape[-1]
-        expected = design @ matrix[:, :rows]
-        if "bias" in drawn:
-            expected = expected + matrix[:, rows:]
+        kernel, bias = linear_map.to_matrices(drawn)
+        expected = linear_map.design(drawn, x) @ kernel
+        if bias is not None:
+            expected = expected + bias
         expected = jnp.moveaxis(expected, 0, 1).reshape(found.shape)
-        same = jnp.allclose(found, expected, rtol=1e-3, atol=1e-3 * math.sqrt(rows))
+        allowed = 1e-3 * math.sqrt(kernel.shape[1])
+        same = jnp.allclose(found, expected, rtol=1e-3, atol=allowed)
     if not same:
         raise ValueError(
             f"{kind} was registered as linear in its parameters, channel by channel, "

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_optax._dtypes import at_least_float32
+from locoprop_optax._gram import Gram
 from locoprop_optax._grouping import Grouped
 from locoprop_optax._intermediates import LayerIntermediates
 from locoprop_optax._layers import (
@@ -68,7 +69,7 @@ class LocalProblem:
     regularizer: Regularizer
     loss: Loss = field(metadata={"static": True})
     linear_map: LinearMap = field(metadata={"static": True})
-    gram: Float[Array, "g rows rows"] | None = None
+    gram: Gram | None = None
     weight: float = field(default=1.0, metadata={"static": True})
 
     def value(self, step: LayerParams) -> Float[Array, ""]:
@@ -87,8 +88,8 @@ class LocalProblem:
     def loss_gradient(self, step: LayerParams) -> LayerParams:
         """The gradient of the loss alone after a step."""
         if self.gram is not None:
-            change = self.gram @ self.linear_map.to_matrix(step)
-            rise = self.linear_map.from_matrix(change, like=step)
+            change = self.gram @ self.linear_map.to_matrices(step)
+            rise = self.linear_map.from_matrices(change, like=step)
             return {n: self.initial_gradient[n] + rise[n] for n in step}
         change, pull_back = jax.vjp(lambda s: self.linear_map(s, self.inputs), step)
         preactivations = self.preactivations + change
@@ -104,22 +105,18 @@ class LocalProblem:
         """The step of length zero."""
         return {name: jnp.zeros_like(p) for name, p in self.params.items()}
 
-    def to_gram(self) -> Float[Array, "g rows rows"]:
-        r"""The matrices :math:`x^\top x`, with a column of ones if there is a bias."""
+    def to_gram(self) -> Gram:
+        """The Gram matrices of the layer's design."""
         design = self.linear_map.design(self.params, self.inputs)
-        x = design.astype(jnp.result_type(*self.params.values()))
-        gram = jnp.einsum("gni,gnj->gij", x, x)
-        if "bias" not in self.params:
-            return gram
-        sums = jnp.sum(x, axis=1)[..., None]
-        ones = jnp.full((x.shape[0], 1, 1), x.shape[1], gram.dtype)
-        return jnp.block([[gram, sums], [jnp.swapaxes(sums, 1, 2), ones]])
+        dtype = jnp.result_type(*self.params.values())
+        return Gram.of(design.astype(dtype), "bias" in self.params)
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, inputs and outputs of the matrices that the layer is a product of."""
         design = jax.eval_shape(self.linear_map.design, self.params, self.inputs)
-        matrix = jax.eval_shape(self.linear_map.to_matrix, self.params)
-        return design.shape[1], matrix.shape[1], matrix.shape[2]
+        matrices = jax.eval_shape(self.linear_map.to_matrices, self.params)
+        _, d, o = matrices.kernel.shape
+        return design.shape[1], d + (matrices.bias is not None), o
 
     def prefers_gram(self, num_gradients: int, *, have_gram: bool = False) -> bool:
         """Whether so many gradients take fewer operations by the Gram matrix.

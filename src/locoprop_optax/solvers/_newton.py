@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import Array
 
+from locoprop_optax._gram import Gram
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
     at,
@@ -15,7 +17,6 @@ from locoprop_optax._hyperparams import (
     check_not_negative,
     check_share,
 )
-from locoprop_optax._inverse import inverse
 from locoprop_optax._layers import (
     LayerError,
     LayerParams,
@@ -180,55 +181,54 @@ def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
 
 
 def _solve_layer(
-    problem: LocalProblem,
-    gram: Float[Array, "g rows rows"],
-    num_steps: int,
-    damping: Any,
+    problem: LocalProblem, gram: Gram, num_steps: int, damping: Any
 ) -> LayerParams:
     """The steps of `majorized_newton` for one layer."""
     bound, penalty = bounds(problem, "majorized_newton")
-    size = gram.shape[-1]
-    mean_eigenvalue = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / size
+    mean_eigenvalue = gram.mean_eigenvalue()
     strength = damping * bound * mean_eigenvalue
     # Without any input there is nothing to solve; the identity keeps the step at zero.
     empty = (mean_eigenvalue == 0) & (jnp.asarray(penalty) == 0)
-    diagonal = strength + penalty + empty
-    hessian = bound * gram + diagonal * jnp.eye(size, dtype=gram.dtype)
-    newton = jax.vmap(inverse)(hessian)
-    to_matrix = problem.linear_map.to_matrix
+    solve = gram.solver(bound, strength + penalty + empty)
+    to_matrices = problem.linear_map.to_matrices
 
-    def advance(step, gradient):
-        damped = to_matrix(gradient) + strength * to_matrix(step)
-        change = problem.linear_map.from_matrix(newton @ damped, like=step)
-        return {name: step[name] - change[name] for name in step}
+    def change(matrices):
+        return problem.linear_map.from_matrices(solve(matrices), like=problem.params)
 
     def later_step(step, _):
-        return advance(step, problem.gradient(step)), None
+        damped = jax.tree.map(
+            lambda g, s: g + strength * s,
+            to_matrices(problem.gradient(step)),
+            to_matrices(step),
+        )
+        return optax.tree.sub(step, change(damped)), None
 
-    first = advance(problem.no_step(), problem.gradient_at_start())
+    first = optax.tree.scale(-1, change(to_matrices(problem.gradient_at_start())))
     step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
     return step
 
 
-def _no_curvature(params: LayerParams) -> Array:
-    """The state of `ema` before the first batch."""
+def _no_curvature(params: LayerParams) -> Gram:
+    """The state of `ema` before the first batch, by the kernel's shape."""
     kernel = params[anchor(params)]
-    rows = math.prod(kernel.shape[:-1]) + ("bias" in params)
-    return jnp.zeros((rows, rows), jnp.promote_types(kernel.dtype, jnp.float32))
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
+    return Gram.of(no_examples, "bias" in params)
 
 
 def _averaged(
-    problem: LocalProblem, average: Array, ema: float, count: Array
-) -> tuple[Array, Array]:
+    problem: LocalProblem, average: Gram, ema: float, count: Array
+) -> tuple[Gram, Gram]:
     """The averaged Gram matrices, as if of this batch's rows, and the new average."""
     gram = problem.to_gram()
-    if gram.shape != (1, *average.shape):
+    if gram.inner.shape != average.inner.shape:
         raise LayerError(
-            f"`ema` has a state of shape {average.shape} for it, by its kernel, but "
-            f"its curvature has the shape {gram.shape}. Use ema=0.0, or name the layer "
-            "in `exclude=`."
+            f"`ema` has a state of shape {average.inner.shape} for it, by its kernel, "
+            f"but its curvature has the shape {gram.inner.shape}. Use ema=0.0, or name "
+            "the layer in `exclude=`."
         )
-    rows, _, _ = problem.sizes()
-    average = ema * average + (1 - ema) * gram[0] / rows
-    unbiased = average / (1 - ema ** (count + 1.0)).astype(average.dtype)
-    return rows * unbiased[None], average
+    correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
+    average = jax.tree.map(
+        lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram
+    )
+    return jax.tree.map(lambda leaf: correction * leaf, average), average
