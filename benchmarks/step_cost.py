@@ -1,0 +1,387 @@
+"""What a training step costs: operations by hand and by XLA, time, memory, growth.
+
+The network is the deep autoencoder of the paper. All variants take turns in one
+process; times are medians, and only their ratios mean something. A unit is a forward
+pass, 2 n Σ d_in d_out operations. With `--peer PYTHON`, the interpreter of an
+environment that holds torch and the package `locoprop`, that package takes turns, too.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from optax import contrib
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import locoprop_optax as loco
+from benchmarks.autoencoder import HIDDEN, Autoencoder, reconstruction_loss
+from benchmarks.provenance import provenance
+
+PIXELS = 784
+NEWTON_STEPS = 2
+Make = Callable[[int], optax.GradientTransformation]
+VARIANTS: dict[str, Make] = {
+    "adam": lambda steps: optax.adam(1e-3),
+    "muon": lambda steps: contrib.muon(1e-3),
+    "locoprop_m": lambda steps: loco.locoprop_m(1e-5, num_local_steps=steps),
+    "locoprop_s": lambda steps: loco.locoprop_s(1e-5, num_local_steps=steps),
+    "locoprop, 1 step": lambda steps: loco.locoprop(
+        solver=loco.solvers.majorized_newton(1)
+    ),
+    "locoprop": lambda steps: loco.locoprop(),
+}
+
+
+def layers_of(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Inputs and outputs of each layer."""
+    return list(pairwise(widths))
+
+
+def operations(
+    variant: str, widths: Sequence[int], n: int, steps: int
+) -> dict[str, int]:
+    """The floating-point operations of the matrix products of a step, by hand.
+
+    Args:
+      variant: a key of `VARIANTS`.
+      widths: pixels, hidden widths, pixels.
+      n: examples in a batch.
+      steps: the number of local steps of the paper's variants.
+    """
+    layers = layers_of(widths)
+    unit = sum(2 * n * i * o for i, o in layers)
+    count = {"backprop": 3 * unit - 2 * n * widths[0] * widths[1]}
+    if variant in ("locoprop_m", "locoprop_s"):
+        later = steps - 1
+        linear = (
+            (len(layers) // 2 - 1,) if variant == "locoprop_m" else range(len(layers))
+        )
+        by_gram = {
+            k
+            for k in linear
+            if _gram_is_cheaper(layers[k][0] + 1, layers[k][1], n, later)
+        }
+        count["local steps"] = later * sum(
+            4 * n * i * o for k, (i, o) in enumerate(layers) if k not in by_gram
+        )
+        count["Gram matrices"] = sum(2 * n * layers[k][0] ** 2 for k in by_gram)
+        count["steps by Gram matrices"] = later * sum(
+            2 * layers[k][0] ** 2 * layers[k][1] for k in by_gram
+        )
+    if variant.startswith("locoprop") and not count.get("local steps"):
+        newton = 1 if "1 step" in variant else NEWTON_STEPS
+        if variant in ("locoprop", "locoprop, 1 step"):
+            count["local steps"] = (newton - 1) * 2 * unit
+            count["Gram matrices"] = sum(2 * n * i**2 for i, _ in layers)
+            count["inverses"] = sum(inverse_operations(i) for i, _ in layers)
+            count["solves"] = newton * sum(2 * i**2 * o for i, o in layers)
+    return {name: value for name, value in count.items() if value}
+
+
+def _gram_is_cheaper(d: int, o: int, n: int, later: int) -> bool:
+    return 2 * n * d * d + later * 2 * d * d * o < later * 4 * n * d * o
+
+
+def inverse_operations(size: int, leaf: int = 64) -> int:
+    """Of an inverse by halves: four products and two inverses of half the size."""
+    if size <= leaf:
+        return 2 * size**3
+    half = -(-size // (2 * leaf)) * leaf
+    rest = size - half
+    products = 2 * half * half * rest * 2 + 2 * half * rest * rest * 2
+    return products + inverse_operations(half, leaf) + inverse_operations(rest, leaf)
+
+
+class Step:
+    """One variant's compiled training step, and what it measured."""
+
+    def __init__(self, variant: str, widths: Sequence[int], n: int, steps: int):
+        self.model = Autoencoder(hidden=tuple(widths[1:-1]), pixels=widths[-1])
+        self.batch = jax.random.uniform(jax.random.key(0), (n, widths[0]))
+        params = self.model.init(jax.random.key(1), self.batch[:1])["params"]
+        self.tx, self.variant = VARIANTS[variant](steps), variant
+        self.carry = (params, self.tx.init(params))
+        self.seconds: list[float] = []
+
+    def __call__(self, carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
+        """A training step, as the README writes it."""
+        params, state = carry
+        loss_fn = partial(reconstruction_loss, self.model)
+        if self.variant.startswith("locoprop"):
+            capture = loco.linen.value_and_grad(loss_fn)
+            loss, grads, intermediates = capture(params, batch)
+            updates, state = self.tx.update(
+                grads, state, params, intermediates=intermediates
+            )
+        else:
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            updates, state = self.tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    def compile(self) -> Any:
+        """Compiles the step, its carry donated."""
+        lowered = jax.jit(self.__call__, donate_argnums=0).lower(self.carry, self.batch)
+        return lowered.compile()
+
+    def counted_by_xla(self) -> float:
+        """XLA's count of operations, its loops over local steps written out."""
+        with mock.patch("jax.lax.scan", partial(jax.lax.scan, unroll=True)):
+            return self.compile().cost_analysis()["flops"]
+
+
+def bare(widths: Sequence[int], n: int, later: int) -> Callable[[Any], Any]:
+    """The matrix products of backprop and of local steps alone, in one function."""
+    x = jax.random.uniform(jax.random.key(0), (n, widths[0]))
+
+    def products(kernels):
+        inputs = [x]
+        for kernel in kernels:
+            inputs.append(inputs[-1] @ kernel)
+        back, gradients = inputs.pop(), []
+        for i in reversed(range(len(kernels))):
+            gradients.append(inputs[i].T @ back)
+            back = back @ kernels[i].T if i else back
+        moved = [k - 1e-12 * g for k, g in zip(kernels, gradients[::-1], strict=True)]
+
+        def local(kernels, _):
+            return [
+                k - 1e-12 * (i.T @ (i @ k))
+                for i, k in zip(inputs, kernels, strict=True)
+            ], None
+
+        return jax.lax.scan(local, moved, length=later)[0]
+
+    return jax.jit(products, donate_argnums=0)
+
+
+def kernels_of(params: Any) -> list[jax.Array]:
+    """The kernels, layer by layer."""
+    return [jnp.copy(params[f"Dense_{i}"]["kernel"]) for i in range(len(params))]
+
+
+def measure(
+    widths: Sequence[int], n: int, steps: int, repeats: int, variants: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Times of all variants and of bare products in turns; counts and memory."""
+    made = {name: Step(name, widths, n, steps) for name in variants}
+    compiled = {name: step.compile() for name, step in made.items()}
+    kernels = kernels_of(next(iter(made.values())).carry[0])
+    products = {
+        "bare backprop": bare(widths, n, 0),
+        "bare locoprop_m": bare(widths, n, steps - 1),
+    }
+    carries = {name: jax.tree.map(jnp.copy, kernels) for name in products}
+    seconds: dict[str, list[float]] = {name: [] for name in (*made, *products)}
+    for _ in track(range(repeats + 1), f"batch {n}, widths {max(widths)}"):
+        for name, step in made.items():
+            began = time.perf_counter()
+            carry, _ = jax.block_until_ready(compiled[name](step.carry, step.batch))
+            seconds[name].append(time.perf_counter() - began)
+            step.carry = carry
+        for name, product in products.items():
+            began = time.perf_counter()
+            carries[name] = jax.block_until_ready(product(carries[name]))
+            seconds[name].append(time.perf_counter() - began)
+    found = {n: {"seconds": float(np.median(s[1:]))} for n, s in seconds.items()}
+    for name in made:
+        memory = compiled[name].memory_analysis()
+        found[name] |= {
+            "operations": operations(name, widths, n, steps),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "aliased_bytes": memory.alias_size_in_bytes,
+        }
+    return found
+
+
+def beside_peer(
+    python: Path, widths: Sequence[int], n: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Step times and losses of locoprop_m and of the PyTorch package, in turns."""
+    step = Step("locoprop_m", widths, n, 10)
+    compiled, params = step.compile(), step.carry[0]
+    arrays = {"batches": np.asarray(step.batch)[None]}
+    for i in range(len(params)):
+        arrays[f"kernel_{i}"] = np.asarray(params[f"Dense_{i}"]["kernel"])
+        arrays[f"bias_{i}"] = np.asarray(params[f"Dense_{i}"]["bias"])
+    script = Path(__file__).parent / "peers" / "torch_locoprop.py"
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "start.npz"
+        np.savez(file, **arrays)
+        for correction in ("0", "0.1"):
+            carry = jax.tree.map(jnp.copy, step.carry)
+            command = [python, script, "--input", file, "--correction", correction]
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as peer:
+                assert peer.stdin is not None
+                assert peer.stdout is not None
+                versions = json.loads(peer.stdout.readline())["versions"]
+                seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+                losses: dict[str, list[float]] = {"ours": [], "peer": []}
+                for _ in track(range(repeats + 1), f"peer, correction {correction}"):
+                    began = time.perf_counter()
+                    carry, loss = jax.block_until_ready(compiled(carry, step.batch))
+                    seconds["ours"].append(time.perf_counter() - began)
+                    losses["ours"].append(float(loss))
+                    peer.stdin.write('{"steps": 1}\n')
+                    peer.stdin.flush()
+                    answer = json.loads(peer.stdout.readline())
+                    seconds["peer"] += answer["seconds"]
+                    losses["peer"] += answer["losses"]
+            results.append(
+                {
+                    "correction": float(correction),
+                    "versions": versions,
+                    "losses": losses,
+                    **{
+                        f"{k}_seconds": float(np.median(s[1:]))
+                        for k, s in seconds.items()
+                    },
+                }
+            )
+    return results
+
+
+def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Name, operations in units, XLA's count over ours, time over Adam's."""
+    found, by_xla = results["found"], results["by_xla"]
+    unit = sum(2 * results["batch"] * i * o for i, o in layers_of(results["widths"]))
+    table = []
+    for name, result in found.items():
+        count = sum(result.get("operations", {}).values())
+        table.append(
+            (
+                name,
+                f"{count / unit:.2f}" if count else "–",
+                f"{by_xla[name] / count:.3f}" if name in by_xla else "–",
+                f"{result['seconds'] / found['adam']['seconds']:.2f}",
+            )
+        )
+    return table
+
+
+COLUMNS = ("step", "operations, units", "XLA's count / ours", "× Adam's time")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, writes the results, and shows tables and a picture of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_cost",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="medians are over these"
+    )
+    parser.add_argument("--batch", type=int, default=1000, help="examples")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="local ones, of the paper's"
+    )
+    parser.add_argument("--width", type=float, default=1.0, help="of hidden layers")
+    parser.add_argument("--peer", type=Path, help="the peer's Python interpreter")
+    parser.add_argument("--no-growth", action="store_true", help="leave growth out")
+    parser.add_argument("--output", type=Path, default=Path("out"), help="the folder")
+    options = parser.parse_args(arguments)
+    made = provenance()
+    widths = _scaled(options.width)
+    shape = (widths, options.batch, options.steps)
+    found = measure(*shape, options.repeats, list(VARIANTS))
+    by_xla = {
+        name: Step(name, *shape).counted_by_xla()
+        for name in track([n for n in VARIANTS if n != "muon"], "XLA's counts")
+    }
+    results: dict[str, Any] = {
+        "batch": options.batch,
+        "widths": widths,
+        "found": found,
+        "by_xla": by_xla,
+        "made": made,
+    }
+    if options.peer:
+        results["peer"] = beside_peer(
+            options.peer, widths, options.batch, options.repeats
+        )
+    if not options.no_growth:
+        results["growth"] = growth(options.width, options.batch)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / "step_cost"
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    show(results, stem.with_suffix(".png"))
+
+
+def _scaled(width: float, depth: int = 1) -> list[int]:
+    """Pixels, hidden widths, pixels; hidden layers but the code repeated."""
+    half = [max(2, round(width * h)) for h in HIDDEN[:3] for _ in range(depth)]
+    code = max(2, round(width * HIDDEN[3]))
+    return [PIXELS, *half, code, *half[::-1], PIXELS]
+
+
+def growth(width: float, batch: int) -> list[dict[str, Any]]:
+    """Times against width, depth, batch and local steps, with what is predicted."""
+    settings = [
+        *({"width": width * f} for f in (0.5, 1, 2)),
+        *({"depth": d} for d in (1, 2, 4)),
+        *({"batch": max(2, batch * b // 1000)} for b in (100, 1000, 4000)),
+        *({"steps": t} for t in (1, 5, 10, 20)),
+    ]
+    results = []
+    for changed in settings:
+        chosen = {"width": width, "depth": 1, "batch": batch, "steps": 10, **changed}
+        widths = _scaled(chosen["width"], chosen["depth"])
+        variants = ["adam", "locoprop_m", "locoprop_s", "locoprop"]
+        found = measure(widths, chosen["batch"], chosen["steps"], 3, variants)
+        results.append({"axis": next(iter(changed)), **chosen, "found": found})
+    return results
+
+
+def show(results: dict[str, Any], path: Path) -> None:
+    """The tables, and a picture of the growth."""
+    table = Table(*COLUMNS)
+    for row in rows(results):
+        table.add_row(*row)
+    Console().print(table)
+    for peer in results.get("peer", ()):
+        ratio = peer["peer_seconds"] / peer["ours_seconds"]
+        Console().print(
+            f"PyTorch's locoprop, correction {peer['correction']}: {ratio:.2f} times "
+            f"locoprop_m's step; losses {peer['losses']['peer'][-1]:.1f} and "
+            f"{peer['losses']['ours'][-1]:.1f} at the end"
+        )
+    axes_names = list(dict.fromkeys(r["axis"] for r in results.get("growth", ())))
+    if not axes_names:
+        return
+    figure = Figure(figsize=(4 * len(axes_names), 3.4), layout="constrained")
+    rate = sum(results["found"]["adam"]["operations"].values())
+    rate /= results["found"]["adam"]["seconds"]
+    for axes, name in zip(figure.subplots(1, len(axes_names)), axes_names, strict=True):
+        chosen = [r for r in results["growth"] if r["axis"] == name]
+        at = [r[name] for r in chosen]
+        for i, variant in enumerate(chosen[0]["found"]):
+            parts = [r["found"][variant] for r in chosen]
+            axes.plot(at, [p["seconds"] for p in parts], f"C{i}o-", label=variant)
+            predicted = [sum(p["operations"].values()) / rate for p in parts]
+            axes.plot(at, predicted, f"C{i}:")
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds a step")
+    figure.axes[0].legend(frameon=False, fontsize=7, title="dotted: operations at")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
