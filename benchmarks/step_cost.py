@@ -373,13 +373,14 @@ def show(results: dict[str, Any], path: Path) -> None:
     for axes, name in zip(figure.subplots(1, len(axes_names)), axes_names, strict=True):
         chosen = [r for r in results["growth"] if r["axis"] == name]
         at = [r[name] for r in chosen]
-        for i, variant in enumerate(chosen[0]["found"]):
+        counted = [v for v, f in chosen[0]["found"].items() if "operations" in f]
+        for i, variant in enumerate(counted):
             parts = [r["found"][variant] for r in chosen]
             axes.plot(at, [p["seconds"] for p in parts], f"C{i}o-", label=variant)
             predicted = [sum(p["operations"].values()) / rate for p in parts]
             axes.plot(at, predicted, f"C{i}:")
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds a step")
-    figure.axes[0].legend(frameon=False, fontsize=7, title="dotted: operations at")
+    figure.axes[0].legend(frameon=False, fontsize=7, title="dotted: at Adam's rate")
     figure.savefig(path, dpi=150)
 
 

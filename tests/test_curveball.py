@@ -251,6 +251,72 @@ def test_a_step_to_where_the_loss_is_not_finite_is_skipped():
     np.testing.assert_allclose(state.damping, 1e-9 / 0.999**5, rtol=1e-6)
 
 
+def test_a_predicted_rise_is_no_reason_to_skip():
+    """With fixed rates and a gradient that turns, SGD with momentum goes on."""
+    params = {"w": jnp.array([1.0])}
+    tx = loco.curveball(
+        step_size=0.01, momentum=0.9, damping=1e-3, damping_decay=0.9, adapt_every=1
+    )
+    state = tx.init(params)
+    for sign in [1.0] * 5 + [-1.0]:
+        updates, state = tx.update(
+            None,
+            state,
+            params,
+            model_fn=lambda p: p["w"],
+            loss_fn=lambda out, sign=sign: sign * jnp.sum(out),
+        )
+        params = optax.apply_updates(params, updates)
+    assert updates["w"] < 0, "downhill for the first sign, up for the last"
+    assert state.skipped == 0
+    assert jnp.isnan(state.ratio)
+    assert state.damping > 1e-3 * 0.9**5
+
+
+def test_masked_parameters_are_an_error_that_explains():
+    model_fn, params = network()
+    tx = optax.masked(loco.curveball(), {"first": True, "second": False})
+    functions = {"model_fn": model_fn, "loss_fn": squared}
+    with pytest.raises(ValueError, match=r"optax.masked.*hides parameters.*close"):
+        tx.update(params, tx.init(params), params, **functions)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [loco.curveball, lambda: loco.locoprop(diagnostics=True), loco.locoprop],
+)
+def test_the_state_can_be_donated_to_a_scan(make):
+    model_fn, params = network()
+    tx = optax.with_extra_args_support(make())
+
+    def total(params):
+        return cross_entropy(model_fn(params))
+
+    def step(carry, _):
+        params, state = carry
+        _, grads, intermediates = loco.linen.value_and_grad(total)(params)
+        extra = {"model_fn": model_fn, "loss_fn": cross_entropy}
+        updates, state = tx.update(
+            grads, state, params, intermediates=intermediates, **extra
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=3)[0], donate_argnums=0)
+    params, _ = run((jax.tree.map(jnp.copy, params), tx.init(params)))
+    assert all(bool(jnp.all(jnp.isfinite(p))) for p in jax.tree.leaves(params))
+
+
+def test_outputs_of_bfloat16_are_compared_in_float32():
+    model_fn, params = network()
+    tx = loco.curveball(damping=0.1)
+
+    def rounded(params):
+        return model_fn(params).astype(jnp.bfloat16)
+
+    seen = [s.ratio for *_, s in steps_of(tx, rounded, squared, params, 3)]
+    assert abs(seen[0] - 1) < 0.2
+
+
 def test_damping_stays_in_its_range():
     model_fn, params = network()
     tx = loco.curveball(damping=1.0, damping_decay=0.1, damping_range=(0.5, 2.0))

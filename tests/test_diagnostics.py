@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import locoprop_optax as loco
 from tests.helpers import problem_of, random_layer, regression, train_step
@@ -55,6 +56,21 @@ def test_off_by_default_and_without_effect_on_updates(make):
     assert all(d.objective_after < d.objective_before for d in found.values())
     with pytest.raises(ValueError, match=r"holds no diagnostics.*diagnostics=True"):
         loco.diagnostics_of(make().init(params))
+
+
+def test_in_the_state_of_an_nnx_optimizer():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh)
+    tx = loco.locoprop(diagnostics=True)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss_fn(model, x):
+        return jnp.mean((model(x) - 0.5) ** 2)
+
+    _, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, jnp.eye(3))
+    optimizer.update(model, grads, intermediates=intermediates)
+    found = loco.diagnostics_of(optimizer.opt_state)
+    assert list(found) == ["layers/0"]
+    assert found["layers/0"].objective_after < found["layers/0"].objective_before
 
 
 def test_stacks_give_means_and_softmax_counts_rows():

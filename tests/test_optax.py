@@ -203,6 +203,47 @@ def test_joined_micro_batches_equal_the_large_batch(tx):
     chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-6)
 
 
+def test_numbers_of_targets_and_solvers_can_be_injected():
+    def make(damping, decay, tolerance):
+        return loco.locoprop(
+            momentum=None,
+            target=loco.targets.momentum(
+                loco.targets.natural_gradient(0.1, damping, decay), decay
+            ),
+            solver=loco.solvers.conjugate_gradient(3, damping, tolerance=tolerance),
+        )
+
+    injected = optax.inject_hyperparams(make)(damping=0.2, decay=0.5, tolerance=1e-3)
+    plain = make(0.2, 0.5, 1e-3)
+    chex.assert_trees_all_close(train(injected)[0], train(plain)[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda ema: loco.locoprop(solver=loco.solvers.exact(ema=ema)), "ema"),
+        (
+            lambda scale: loco.locoprop(
+                regularizer=loco.regularizers.signed_entropy(1.0, scale)
+            ),
+            "scale",
+        ),
+    ],
+)
+def test_what_shapes_the_state_must_be_static(make, name):
+    with pytest.raises(TypeError, match=f"{name} shapes .*static_args"):
+        train(optax.inject_hyperparams(make)(**{name: 0.5}))
+
+
+def test_joining_parts_with_and_without_sampled_cotangents():
+    loss_fn, params, batch = regression()
+    _, _, part = loco.linen.value_and_grad(loss_fn)(params, batch)
+    both = loco.add_sampled_cotangents(part, part)
+    assert loco.join_intermediates(both, both).layers["first"].sampled_cotangents.shape
+    with pytest.raises(ValueError, match="hold sampled_cotangents, others do not"):
+        loco.join_intermediates(both, part)
+
+
 def test_joining_different_layers_names_them():
     loss_fn, params, batch = regression()
     _, _, whole = loco.linen.value_and_grad(loss_fn)(params, batch)

@@ -151,5 +151,13 @@ def test_learning_rate_takes_a_schedule(make):
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         sizes.append(float(optax.tree.norm(updates)))
     assert sizes[0] > 0
-    if make in FAST:  # the momentum of RMSProp holds steps that are already scaled
+    if make in FAST:
         assert sizes[1] == 0
+    else:  # the momentum of RMSProp holds steps that are already scaled, and decays
+        constant = make(0.01)
+        state = constant.init(params)
+        for _ in range(2):
+            updates, state = constant.update(
+                grads, state, params, intermediates=intermediates
+            )
+        assert sizes[1] < 0.9 * float(optax.tree.norm(updates))

@@ -214,7 +214,7 @@ def test_difference_target_propagation_trains_an_autoencoder():
         )
         params = moved
     assert encoder_moves
-    assert loss_fn(params, x) < 0.1 * start
+    assert loss_fn(params, x) < 0.02 * start  # 0.037 with a fixed encoder
 
 
 @pytest.mark.parametrize("which", ["S", "M"])

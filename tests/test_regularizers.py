@@ -48,6 +48,20 @@ def test_sum_of_nothing():
         loco.regularizers.sum_of()
 
 
+POTENTIALS = {  # and their gradients
+    "log": (lambda w: w * np.log(w) - w, np.log),
+    "arsinh(0.2)": (
+        lambda w: w * np.arcsinh(w / 0.2) - np.hypot(w, 0.2),
+        lambda w: np.arcsinh(w / 0.2),
+    ),
+    "identity": (lambda w: 0.5 * w**2, lambda w: w),
+    "softplus": (
+        loco.losses.as_transfer("softplus").potential,
+        loco.losses.as_transfer("softplus").function,
+    ),
+}
+
+
 def positive(drawn, seed):
     params, _ = random_layer(**{**drawn, "seed": seed})
     return {name: jax.numpy.abs(p) + 0.1 for name, p in params.items()}
@@ -58,7 +72,7 @@ def test_bregman_divergences(drawn, regularizer):
     old, new = positive(drawn, drawn["seed"]), positive(drawn, drawn["seed"] // 2)
     step = {name: new[name] - old[name] for name in old}
     no_step = jax.tree.map(jax.numpy.zeros_like, step)
-    psi, dual = regularizer.mirror.potential, regularizer.mirror.function
+    psi, dual = POTENTIALS[regularizer.mirror.name]
     expected = 0.4 * sum(
         float(np.sum(psi(new[n]) - psi(old[n]) - dual(old[n]) * step[n])) for n in old
     )
@@ -72,6 +86,29 @@ def test_bregman_divergences(drawn, regularizer):
         if regularizer.curvature is not None:
             bound = regularizer.curvature * np.abs(step[name])
             assert np.all(np.abs(g) <= bound + 1e-12)
+
+
+@pytest.mark.parametrize("step", [1e-6, -1e-4, 1e-2, -0.5, 3.0])
+@pytest.mark.parametrize(
+    "regularizer", [BREGMAN[0], BREGMAN[1], loco.regularizers.signed_entropy(0.4, 5.0)]
+)
+def test_small_steps_lose_nothing_in_float32(regularizer, step):
+    found, expected = (
+        (
+            regularizer.value(s, params),
+            regularizer.gradient(s, params)["kernel"],
+            regularizer.mirror_step(s, s, params)["kernel"],
+        )
+        for dtype in ("float32", "float64")
+        for s, params in [
+            (
+                {"kernel": jax.numpy.asarray([step], dtype)},
+                {"kernel": jax.numpy.asarray([0.7], dtype)},
+            )
+        ]
+    )
+    for name, a, b in zip(("value", "gradient", "step"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["relative_entropy", "signed_entropy"])

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from locoprop_optax._linear_maps import Channelwise
 from locoprop_optax._local_problem import pose
 from tests.helpers import counted, layers, random_layer, regression, solved, train_step
 
@@ -139,24 +139,64 @@ def test_natural_gradient_follows_its_formula_over_batches():
         )
 
 
-def test_natural_gradient_of_a_convolution_is_that_of_its_channels():
-    linear_map = Channelwise(
-        lambda p, x: jax.lax.conv(x, p["kernel"].transpose(2, 1, 0), (1,), "SAME")
+def test_natural_gradient_of_a_convolution_is_kfc():
+    """The formula of Grosse and Martens for a loss that is a mean over images."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"use_bias": False, "param_dtype": jnp.float64, "name": "conv"}
+            x = nn.Conv(3, (3,), **options)(x)
+            return jnp.sum(jnp.tanh(x), axis=(1, 2))
+
+    n, positions = 6, 5
+    x = jax.random.normal(jax.random.key(0), (n, positions, 2))
+    y = jax.random.normal(jax.random.key(1), (n,))
+    params = Network().init(jax.random.key(2), x)["params"]
+
+    def loss_fn(params):
+        return jnp.mean((Network().apply({"params": params}, x) - y) ** 2)
+
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.natural_gradient(1.0, damping=0.2, decay=0.0),
+        solver=loco.solvers.exact(damping=0.1),
     )
-    rng = np.random.default_rng(0)
-    g = jnp.asarray(rng.normal(size=(2, 5, 3)))
-    layer = loco.LayerIntermediates(g, g, g, {}, linear_map=linear_map)
-    target = loco.targets.natural_gradient(1.0, 0.1)
-    state = target.init(jnp.zeros((3, 4, 3)))
-    displacement, state = target.update(layer, None, state, jnp.zeros((), int))
-    flat = loco.LayerIntermediates(*3 * [g.reshape(10, 3)], {})
-    expected, _ = target.update(
-        flat, None, target.init(jnp.zeros((4, 3))), jnp.zeros((), int)
-    )
-    np.testing.assert_allclose(
-        displacement.outputs.reshape(10, 3), expected.outputs, rtol=1e-9
-    )
-    assert displacement.gradient is None, "to be computed"
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+    patches = np.stack([padded[:, i : i + positions] for i in range(3)], axis=2)
+    patches = patches.reshape(n * positions, 6)
+    own = n * np.asarray(intermediates.layers["conv"].cotangents).reshape(-1, 3)
+    omega, gamma = patches.T @ patches / n, own.T @ own / len(own)
+    omega = omega + 0.1 * np.trace(omega) / 6 * np.eye(6)
+    gamma = gamma + 0.2 * np.trace(gamma) / 3 * np.eye(3)
+    gradient = np.asarray(grads["conv"]["kernel"]).reshape(6, 3)
+    expected = np.linalg.solve(omega, gradient) @ np.linalg.inv(gamma)
+    found = np.asarray(updates["conv"]["kernel"]).reshape(6, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        loco.targets.natural_gradient(0.5),
+        loco.targets.momentum(loco.targets.normalized(0.05)),
+        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+    ],
+)
+def test_targets_of_a_convolution_that_computes_in_bfloat16(target):
+    model, x = nn.Conv(4, (3,), dtype=jnp.bfloat16), jnp.ones((2, 8, 3))
+    params = model.init(jax.random.key(0), x)
+
+    def loss_fn(params):
+        return jnp.mean(model.apply(params, x).astype(jnp.float32) ** 2)
+
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    tx = loco.scale_by_locoprop(target=target)
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
 
 
 def test_natural_gradient_without_any_gradient_stays():

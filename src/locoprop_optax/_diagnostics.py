@@ -62,23 +62,26 @@ def diagnostics_of(opt_state: Any) -> dict[str, LayerDiagnostics]:
       >>> bool(layer.objective_after < layer.objective_before)
       True
     """
-    found = {}
-    is_leaf = lambda node: isinstance(node, LayerDiagnostics)  # noqa: E731
-    for key_path, leaf in jax.tree.leaves_with_path(opt_state, is_leaf=is_leaf):
-        if isinstance(leaf, LayerDiagnostics):
-            inside = key_path.index(jax.tree_util.GetAttrKey("diagnostics")) + 1
-            found[split_key_path(key_path[inside:])[0]] = leaf
+    found: dict[str, dict[str, Any]] = {}
+    for key_path, leaf in jax.tree.leaves_with_path(opt_state):
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
+        if "diagnostics" not in keys:
+            continue
+        start = keys.index("diagnostics") + 1
+        at = max(keys.index(f) for f in LayerDiagnostics._fields if f in keys)
+        path, _ = split_key_path(key_path[start:at])
+        found.setdefault(path, {})[keys[at]] = leaf
     if not found:
         raise ValueError(
             "The optimizer's state holds no diagnostics. Make it with "
             "diagnostics=True, and pass the state that `update` returned."
         )
-    return found
+    return {path: LayerDiagnostics(**fields) for path, fields in found.items()}
 
 
 def no_diagnostics() -> LayerDiagnostics:
     """The diagnostics before the first step."""
-    return LayerDiagnostics(*4 * (jnp.zeros((), jnp.float32),))
+    return LayerDiagnostics(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
 def diagnose(

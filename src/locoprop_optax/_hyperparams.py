@@ -29,8 +29,18 @@ def check_not_negative(name: str, value: ScalarOrSchedule) -> None:
 
 def check_share(name: str, value: float) -> None:
     """Raise a `ValueError` for a number that is not in [0, 1)."""
-    if not 0 <= value < 1:
+    if _is_known(value) and not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def check_static(name: str, value: float) -> None:
+    """Raise unless `value` is a Python number."""
+    if not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} shapes the compiled step or its state and must be a Python "
+            f"number, got {value!r}. Under optax.inject_hyperparams name it in "
+            "`static_args`."
+        )
 
 
 def check_count(name: str, value: int) -> None:

@@ -171,6 +171,10 @@ def _check_same_layers(*parts: Intermediates) -> None:
 
 def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
     first = layers[0]
+    for field_name in ("targets", "sampled_cotangents"):
+        missing = [getattr(layer, field_name) is None for layer in layers]
+        if any(missing) and not all(missing):
+            raise ValueError(f"Some of the parts hold {field_name}, others do not.")
 
     def examples(*arrays):
         return concatenate_examples(first.linear_map, arrays, first.stack_dims)

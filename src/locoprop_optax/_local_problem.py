@@ -137,11 +137,11 @@ class LocalProblem:
           LayerError: if there are fewer examples, or the first axis counts none.
         """
         whole = (self.inputs, self.preactivations, self.targets)
-        if not counts_examples_first(self.linear_map):
+        if not counts_examples_first(self.linear_map) or self.inputs.ndim < 2:
             raise LayerError(
                 "local_batch_size takes slices of the first axis of its inputs, which "
-                f"does not count examples in {self.linear_map}. Name the layer in "
-                "`exclude=`."
+                f"does not count examples in {self.linear_map} of inputs of shape "
+                f"{self.inputs.shape}. Name the layer in `exclude=`."
             )
         total = self.inputs.shape[0]
         if count > total:
@@ -205,8 +205,8 @@ def _pull_back(
     layer: LayerIntermediates, params: LayerParams, residual: Array
 ) -> LayerParams:
     zeros = {name: jnp.zeros_like(p) for name, p in params.items()}
-    _, pull_back = jax.vjp(lambda step: layer.linear_map(step, layer.inputs), zeros)
-    return pull_back(residual)[0]
+    change, pull_back = jax.vjp(lambda s: layer.linear_map(s, layer.inputs), zeros)
+    return pull_back(residual.astype(change.dtype))[0]
 
 
 @dataclass(frozen=True)

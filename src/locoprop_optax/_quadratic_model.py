@@ -30,6 +30,7 @@ from locoprop_optax._hyperparams import (
     check_not_negative,
     check_positive,
 )
+from locoprop_optax._layers import is_masked
 
 
 class ScaleByQuadraticModelState(NamedTuple):
@@ -97,7 +98,9 @@ class Linearization(NamedTuple):
         params: Any,
     ) -> Linearization:
         """Linearizes the model at the parameters and the loss's gradient there."""
-        outputs, linear = jax.linearize(model_fn, params)
+        outputs, linear = jax.linearize(
+            lambda params: at_least_float32(model_fn(params)), params
+        )
         loss_gradient, curve = jax.linearize(jax.grad(loss_fn), outputs)
         transposed = jax.linear_transpose(linear, params)
 
@@ -146,7 +149,7 @@ def scale_by_quadratic_model(
 
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
-      damping: :math:`\lambda > 0` at the start.
+      damping: :math:`\lambda \ge 0` at the start; the state holds it from then on.
       step_size: :math:`\beta`, to fix it. Default None: from the model.
       momentum: :math:`\rho`, to fix it. Default None: from the model.
       damping_decay: what :math:`\lambda` is multiplied by, for each step since the last
@@ -161,8 +164,10 @@ def scale_by_quadratic_model(
     Returns:
       A transformation whose `update` takes `params`, `model_fn`, a function from
       parameters to the model's outputs, any tree, and `loss_fn`, one from outputs to a
-      scalar, convex and twice differentiable. Both are closed over the batch. Steps
-      that are not finite are skipped, and :math:`\lambda` grows.
+      scalar, convex and twice differentiable; outputs of fewer bits reach it in
+      float32. Both are closed over the batch. Steps that are not finite, or lead to a
+      loss that is not, are skipped, and :math:`\lambda` grows; it grows, too, where the
+      model does not expect the loss to fall.
 
     Raises:
       TypeError: if `adapt_every` is no Python int; from `update`, if `params`,
@@ -237,20 +242,22 @@ def minimize_along(
     check_positive("learning_rate", learning_rate)
     check_not_negative("damping", damping)
     check_count("adapt_every", adapt_every)
-    if not 0 < damping_decay <= 1:
+    if isinstance(damping_decay, int | float) and not 0 < damping_decay <= 1:
         raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
     _check_interval("trusted", trusted)
     _check_interval("damping_range", damping_range)
 
     def init(params):
-        zero = jnp.zeros((), jnp.float32)
+        def zero():
+            return jnp.zeros((), jnp.float32)
+
         return ScaleByQuadraticModelState(
             count=jnp.zeros((), jnp.int32),
             velocity=jax.tree.map(jnp.zeros_like, at_least_float32(params)),
             damping=jnp.asarray(damping, jnp.float32),
-            value=zero,
-            step_size=zero,
-            momentum=zero,
+            value=zero(),
+            step_size=zero(),
+            momentum=zero(),
             ratio=jnp.asarray(jnp.nan, jnp.float32),
             skipped=jnp.zeros((), jnp.int32),
         )
@@ -266,6 +273,7 @@ def minimize_along(
     ) -> tuple[Any, ScaleByQuadraticModelState]:
         del extra_args
         _check_given(params=params, model_fn=model_fn, loss_fn=loss_fn)
+        _check_whole(params)
         linear = Linearization.of(model_fn, loss_fn, params)
         z, strength = state.velocity, state.damping
         d, gradient = direction(linear, updates, z, strength)
@@ -284,14 +292,15 @@ def minimize_along(
         expected = rate * plane @ slopes + 0.5 * rate**2 * plane @ matrix @ plane
 
         def compare():
-            new = loss_fn(model_fn(optax.apply_updates(params, step)))
-            change = (new - linear.value) / jnp.where(expected < 0, expected, jnp.nan)
-            return change.astype(jnp.float32)
+            new = loss_fn(at_least_float32(model_fn(optax.apply_updates(params, step))))
+            ratio = (new - linear.value) / jnp.where(expected < 0, expected, jnp.nan)
+            return ratio.astype(jnp.float32), jnp.isfinite(new)
 
         compared = state.count % adapt_every == 0
-        ratio = jax.lax.cond(compared, compare, lambda: state.ratio)
-        finite = jnp.isfinite(linear.value) & _all_finite(moved)
-        finite &= ~compared | jnp.isfinite(ratio) | (expected == 0)
+        ratio, arrives = jax.lax.cond(
+            compared, compare, lambda: (state.ratio, jnp.asarray(True))
+        )
+        finite = jnp.isfinite(linear.value) & _all_finite(moved) & arrives
         factor = damping_decay**adapt_every
         grows = (compared & ~(ratio >= trusted[0])) | ~finite
         shrinks = compared & finite & (ratio > trusted[1])
@@ -300,7 +309,7 @@ def minimize_along(
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
-            damping=strength if damping_decay == 1 else adapted,
+            damping=jnp.where(factor == 1, strength, adapted),
             value=linear.value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
@@ -384,6 +393,16 @@ def _check_interval(name: str, interval: tuple[float, float]) -> None:
         raise ValueError(
             f"{name} must be two numbers, the first smaller and not negative, got "
             f"{interval}."
+        )
+
+
+def _check_whole(params: Any) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_masked)
+    if any(map(is_masked, leaves)):
+        raise ValueError(
+            "A transformation around it, such as optax.masked or optax.partition, "
+            "hides parameters from `model_fn`, which needs all of them. To freeze "
+            "some, close `model_fn` over them and hand the others to the optimizer."
         )
 
 

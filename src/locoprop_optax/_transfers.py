@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import xlogy
 from jax.scipy.stats import norm
 from jaxtyping import Array
 
@@ -289,35 +288,5 @@ _BUILT_IN = (
         derivative_bound=1.1,
     ),
 )
-LOG = Transfer(
-    "log",
-    function=jnp.log,
-    potential=lambda a: xlogy(a, a) - a,
-    conjugate=jnp.exp,
-    divergence=lambda a, t: of.relative_entropy(a, t),
-    inverse=jnp.exp,
-)
-
-
-@cache
-def arsinh(scale: float) -> Transfer:
-    r"""The mirror map :math:`\operatorname{arsinh}(\theta / \beta)` of weights."""
-
-    def divergence(a, t):
-        b = scale * jnp.sinh(t)
-        roots = jnp.hypot(a, scale) + jnp.hypot(b, scale)
-        return a * (jnp.arcsinh(a / scale) - t) - (a - b) * (a + b) / roots
-
-    return Transfer(
-        f"arsinh({scale:g})",
-        function=lambda a: jnp.arcsinh(a / scale),
-        potential=lambda a: a * jnp.arcsinh(a / scale) - jnp.hypot(a, scale),
-        conjugate=lambda t: scale * jnp.cosh(t),
-        derivative_bound=1 / scale,
-        divergence=divergence,
-        inverse=lambda t: scale * jnp.sinh(t),
-    )
-
-
 _TRANSFERS = {transfer.name: transfer for transfer in _BUILT_IN}
 IDENTITY = _TRANSFERS["identity"]

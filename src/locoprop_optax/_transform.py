@@ -113,7 +113,7 @@ def scale_by_locoprop(
 
         layers = visible(layers_of(local))
         states = {path: target.init(la[anchor(la)]) for path, la in layers.items()}
-        nothing = dict.fromkeys(layers, no_diagnostics())
+        nothing = {path: no_diagnostics() for path in layers}
         return ScaleByLocoPropState(
             count=jnp.zeros((), jnp.int32),
             target=per_layer(states, local),

@@ -13,15 +13,17 @@ from jaxtyping import Array, Float
 
 from locoprop_optax._bregman import (
     Bregman,
+    Mirror,
     bregman,
     relative_entropy,
     signed_entropy,
 )
 from locoprop_optax._hyperparams import ScalarOrSchedule, at, check_not_negative
-from locoprop_optax._layers import LayerParams
+from locoprop_optax._layers import LayerError, LayerParams
 
 __all__ = [
     "Bregman",
+    "Mirror",
     "NoRegularizer",
     "Regularizer",
     "SquaredL2",
@@ -96,6 +98,11 @@ class SquaredL2:
     ) -> LayerParams:
         r"""The next step of `solvers.mirror_descent`, gradient descent by 1 / λ."""
         del params
+        if self.from_zero:
+            raise LayerError(
+                "mirror_descent needs a distance to the old weights, which "
+                "weight_decay is not. Use regularizers.squared_l2, or another solver."
+            )
         return {n: s - gradient[n] / self.curvature for n, s in step.items()}
 
     def _offsets(self, step: LayerParams, params: LayerParams) -> LayerParams:

@@ -24,7 +24,7 @@ from locoprop_optax._hyperparams import (
 from locoprop_optax._intermediates import LayerIntermediates
 from locoprop_optax._inverse import inverse
 from locoprop_optax._layers import LayerError
-from locoprop_optax._linear_maps import DENSE
+from locoprop_optax._linear_maps import DENSE, Channelwise
 from locoprop_optax.losses import Loss
 
 
@@ -161,17 +161,20 @@ def natural_gradient(
 ) -> Target:
     r"""A natural-gradient step of the layer's output: the output side of K-FAC.
 
-    With :math:`n` rows and the second moment :math:`C` of the per-example cotangents,
+    With :math:`n` examples and the second moment :math:`C` of their own cotangents,
 
     .. math::
       t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
       \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
-      C \leftarrow \beta C + (1 - \beta) \tfrac1n (n g)^\top (n g), \quad
+      C \leftarrow \beta C
+      + (1 - \beta) \operatorname{mean}\big( n g_i\, n g_i^\top \big), \quad
       \hat C = \frac{C}{1 - \beta^k}
 
     after :math:`k` batches. :math:`C` is made of the sampled cotangents if the
     intermediates carry them, and is then the Fisher matrix; else it is the empirical
-    Fisher matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC.
+    Fisher matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC. Each
+    row of a Dense layer counts as an example; a convolution's positions do not, but
+    share one second moment (KFC), as the heads of an attention projection do.
 
     Args:
       learning_rate: :math:`\gamma > 0`, a float or a schedule.
@@ -181,7 +184,8 @@ def natural_gradient(
 
     Returns:
       The target. Its state is :math:`C` for the units of the output's last axis, an
-      array of shape `kernel.shape[:-2] + (d, d)`.
+      array of shape `kernel.shape[:-2] + (d, d)`: a copy for each entry of the
+      kernel's other axes, which may count the layers of a stack.
 
     Raises:
       ValueError: if a number is out of its range; when a step is traced, if the units
@@ -196,7 +200,9 @@ def natural_gradient(
 
     References:
       Martens, Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 3.
+      Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 3; Grosse, Martens,
+      `A Kronecker-factored Approximate Fisher Matrix for Convolution Layers
+      <https://arxiv.org/abs/1602.01407>`_, 2016.
     """
     check_positive("learning_rate (γ of the target)", learning_rate)
     check_not_negative("damping", damping)
@@ -207,13 +213,14 @@ def natural_gradient(
         units = layer.cotangents.shape[-1]
         _check_units(state.shape[-1], layer, "natural_gradient")
         sampled = layer.sampled_cotangents
-        per_example = _per_example(layer.cotangents if sampled is None else sampled)
+        seen = layer.cotangents if sampled is None else sampled
+        per_example = _examples(layer, seen) * at_least_float32(seen.reshape(-1, units))
         second_moment = per_example.T @ per_example / len(per_example)
         state, unbiased = _average(state, second_moment, decay, count)
         mean = jnp.trace(unbiased) / units
         diagonal = at(damping, count) * mean + (mean == 0)
         metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
-        rows = math.prod(layer.cotangents.shape[:-1])
+        rows = _examples(layer, layer.cotangents)
         transform = (at(learning_rate, count) * rows * metric).astype(state.dtype)
         if layer.linear_map == DENSE:
             outputs, gradient = jax.tree.map(
@@ -367,10 +374,14 @@ def _zeros(kernel: Array, *shape: int) -> Array:
     return jnp.zeros(kernel.shape[:-2] + shape, dtype)
 
 
-def _per_example(cotangents: Float[Array, "*n d"]) -> Float[Array, "rows d"]:
-    """The cotangents of each row's own loss, if the loss is their mean."""
-    rows = cotangents.reshape(-1, cotangents.shape[-1])
-    return len(rows) * at_least_float32(rows)
+def _examples(layer: LayerIntermediates, cotangents: Array) -> int:
+    """How many losses the loss is the mean of, if each row of a Dense layer has one.
+
+    The positions of a convolution share the loss of their example.
+    """
+    if isinstance(layer.linear_map, Channelwise):
+        return cotangents.shape[0]
+    return math.prod(cotangents.shape[:-1])
 
 
 def _average(

@@ -154,6 +154,20 @@ def test_each_step_has_its_own_slice_of_the_examples():
     np.testing.assert_allclose(found["kernel"], (start - theta)[:-1], rtol=1e-9)
 
 
+def test_float32_stays_where_a_schedule_is_float64():
+    with jax.enable_x64(True):
+        loss_fn, params, batch = regression(MLP(dtype=jnp.float32))
+        params, batch = jax.tree.map(lambda a: a.astype("float32"), (params, batch))
+        regularizer = loco.regularizers.squared_l2(lambda c: jnp.float64(1) / (1 + c))
+        tx = loco.locoprop_m(
+            optax.cosine_onecycle_schedule(100, 1e-3), regularizer=regularizer
+        )
+        step, state = train_step(loss_fn, tx), tx.init(params)
+        like = jax.tree.map(lambda leaf: leaf.dtype, state)
+        _, state, _ = step(params, state, batch)
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == like
+
+
 def test_slices_need_examples():
     params, layer = random_layer(0, 7, 4, 3, "tanh")
     tx = loco.scale_by_locoprop(

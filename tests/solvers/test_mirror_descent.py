@@ -80,5 +80,9 @@ def test_needs_a_geometry():
     tx = loco.scale_by_locoprop(solver=solver, regularizer=softplus)
     with pytest.raises(ValueError, match="the inverse of 'softplus'"):
         solved(tx, params, layer)
+    decay = loco.regularizers.weight_decay(1.0)
+    tx = loco.scale_by_locoprop(solver=solver, regularizer=decay)
+    with pytest.raises(ValueError, match=r"'layer': .*which weight_decay is not"):
+        solved(tx, params, layer)
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         loco.solvers.mirror_descent(0)

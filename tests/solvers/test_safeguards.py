@@ -61,6 +61,18 @@ def test_line_searched_steps_never_raise_the_objective(after, drawn, rate):
     np.testing.assert_allclose(problem.value(step), np.nanmin(values), rtol=1e-9)
 
 
+def test_a_step_that_is_not_finite_becomes_none():
+    params, layer = random_layer(0, 6, 4, 3)
+    wild = loco.solvers.first_order(optax.sgd(100.0), 40, decay_floor=1.0)
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.gradient_descent(10.0),
+        solver=loco.solvers.line_searched(wild),
+    )
+    for update in solved(tx, params, layer).values():
+        np.testing.assert_array_equal(update, 0)
+
+
 def test_line_search_needs_a_value():
     params, layer = random_layer(0, 6, 4, 3)
     tx = loco.scale_by_locoprop(

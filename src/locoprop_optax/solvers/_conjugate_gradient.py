@@ -1,5 +1,7 @@
 """Conjugate gradients, for layers too wide for a matrix of their inputs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,7 +42,8 @@ def conjugate_gradient(
     Args:
       num_iterations: of conjugate gradients in a step, at least 1.
       damping: :math:`\lambda` relative to c times the mean eigenvalue of
-        :math:`x^\top x`, at least 0; a float or a schedule.
+        :math:`x^\top x`, at least 0; a float or a schedule. If it is not 0.0, a
+        convolution's design matrix is formed once, for that eigenvalue.
       num_steps: at least 1.
       tolerance: stops a step's iterations once the residual is below this share of the
         right-hand side. Default 0: once it is below what rounding leaves of it.
@@ -71,11 +74,13 @@ def conjugate_gradient(
     check_not_negative("damping", damping)
     check_not_negative("tolerance", tolerance)
 
-    def solve_layer(problem: LocalProblem, relative: jax.Array) -> LayerParams:
+    def solve_layer(problem: LocalProblem, relative: Any) -> LayerParams:
         bound, penalty = bounds(problem, "conjugate_gradient")
-        strength = relative * bound * _mean_eigenvalue(problem)
+        is_zero = isinstance(relative, int | float) and relative == 0
+        eigenvalue = 0.0 if is_zero else _mean_eigenvalue(problem)
+        strength = relative * bound * eigenvalue
 
-        dtype = jnp.result_type(*problem.params.values())
+        smallest = 10 * jnp.finfo(jnp.result_type(*problem.params.values())).eps
 
         def product(step):
             apply = lambda s: problem.linear_map(s, problem.inputs)  # noqa: E731
@@ -93,7 +98,7 @@ def conjugate_gradient(
                 product,
                 {n: d.astype(step[n].dtype) for n, d in damped.items()},
                 maxiter=num_iterations,
-                tol=max(tolerance, 10 * float(jnp.finfo(dtype).eps)),
+                tol=jnp.maximum(tolerance, smallest),  # pyright: ignore
             )
             return optax.tree.add(step, change)
 
@@ -105,7 +110,7 @@ def conjugate_gradient(
         return step
 
     def solve(problems, state, count):
-        relative = jnp.asarray(at(damping, count))
+        relative = at(damping, count)
         return problems.map(lambda problem: solve_layer(problem, relative)), state
 
     return Solver(lambda params: (), solve)

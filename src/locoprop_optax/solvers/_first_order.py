@@ -111,9 +111,11 @@ def first_order(
         def advance(k, gradient, step, state):
             decay = jnp.maximum(1 - k * (1 / num_steps), decay_floor)
             now, factor = optimizer_at(count, decay)
-            updates, state = now.update(gradient, state, _add(params, step))
-            scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
-            return _add(step, scaled), state
+            updates, new_state = now.update(
+                _cast(gradient, step), state, _add(params, step)
+            )
+            moved = jax.tree.map(lambda s, u: s + factor * u, step, updates)
+            return _cast(moved, step), _cast(new_state, state)
 
         def gradient(problem, step, number):
             if local_batch_size is None:
@@ -161,6 +163,11 @@ def _lengths(problems: LocalProblems, tree: Any, scale: float = 1.0) -> Array:
     """The norms of all layers' parts of a tree, in one array."""
     norms = problems.each(lambda _, part: scale * optax.tree.norm(part), tree)
     return jnp.concatenate([jnp.ravel(norm) for norm in norms.values])
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    """Keeps dtypes, whatever the rates and schedules that enter have."""
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), tree, like)
 
 
 def _add(tree: Any, other: Any) -> Any:

@@ -16,6 +16,7 @@ from locoprop_optax._hyperparams import (
     check_count,
     check_not_negative,
     check_share,
+    check_static,
 )
 from locoprop_optax._layers import (
     LayerError,
@@ -65,8 +66,9 @@ def majorized_newton(
       TypeError: if `num_steps` is no Python int.
       ValueError: if `num_steps` is below 1, `damping` negative or `ema` not in [0, 1);
         when a step is traced, if the loss or the regularizer has no bounded curvature
-        or, with `ema`, if a layer is a stack or works in groups, so that the shape of
-        its state cannot be told from its kernel. The message names the layer.
+        or, with `ema`, if a layer is a stack, works in groups or has several axes of
+        outputs, as attention's queries have, so that the shape of its state cannot be
+        told from its kernel. The message names the layer.
 
     Example:
       >>> import locoprop_optax as loco
@@ -75,6 +77,7 @@ def majorized_newton(
     check_count("num_steps", num_steps)
     check_not_negative("damping", damping)
 
+    check_static("ema", ema)
     check_share("ema", ema)
 
     def init(params):

@@ -87,14 +87,17 @@ def line_searched(solver: Solver, num_halvings: int = 8) -> Solver:
     def search(problem, step):
         change = problem.linear_map(step, problem.inputs)
 
+        def shorten(length, array):  # also of an array that is not finite
+            return jnp.where(length > 0, length.astype(array.dtype) * array, 0)
+
         def objective(length):
-            scaled = {name: (length * s).astype(s.dtype) for name, s in step.items()}
-            return problem.value_after(length * change, scaled)
+            shorter = {name: shorten(length, s) for name, s in step.items()}
+            return problem.value_after(shorten(length, change), shorter)
 
         values = jax.lax.map(objective, jnp.asarray(lengths, change.dtype))
         best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
         chosen = jnp.asarray(lengths)[best]
-        return {name: chosen.astype(s.dtype) * s for name, s in step.items()}
+        return {name: shorten(chosen, s) for name, s in step.items()}
 
     def solve(problems, state, count):
         step, state = solver.solve(problems, state, count)
