@@ -1,19 +1,23 @@
 """Guards of the cost of a step that do not time it."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
 
 from benchmarks import step_cost
 
+ROOT = Path(__file__).parents[2]
 WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
 
 
 @pytest.mark.parametrize("variant", [v for v in step_cost.VARIANTS if v != "muon"])
 def test_no_more_operations_than_counted_by_hand(variant):
-    by_hand = step_cost.operations(variant, WIDTHS, BATCH, STEPS)
-    step = step_cost.Step(variant, WIDTHS, BATCH, STEPS)
+    by_hand = step_cost.operations(variant, ROOT = Path(__file__).parents[2]
+WIDTHS, BATCH, STEPS)
+    step = step_cost.Step(variant, ROOT = Path(__file__).parents[2]
+WIDTHS, BATCH, STEPS)
     by_xla = step.counted_by_xla()
     assert by_xla / sum(by_hand.values()) == pytest.approx(1, abs=0.03)
 
@@ -32,6 +36,13 @@ def test_parameters_and_state_are_donated(variant):
     memory = step.compile().memory_analysis()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.carry))
     assert memory.alias_size_in_bytes >= 0.99 * held
+
+
+def test_the_table_of_the_page_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks/results/step_cost.json").read_text())
+    page = (ROOT / "docs/cost.md").read_text()
+    for row in step_cost.rows(results):
+        assert f"| {' | '.join(row)} |" in page
 
 
 def test_inverse_operations():
