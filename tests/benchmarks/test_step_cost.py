@@ -14,10 +14,8 @@ WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
 
 @pytest.mark.parametrize("variant", [v for v in step_cost.VARIANTS if v != "muon"])
 def test_no_more_operations_than_counted_by_hand(variant):
-    by_hand = step_cost.operations(variant, ROOT = Path(__file__).parents[2]
-WIDTHS, BATCH, STEPS)
-    step = step_cost.Step(variant, ROOT = Path(__file__).parents[2]
-WIDTHS, BATCH, STEPS)
+    by_hand = step_cost.operations(variant, WIDTHS, BATCH, STEPS)
+    step = step_cost.Step(variant, WIDTHS, BATCH, STEPS)
     by_xla = step.counted_by_xla()
     assert by_xla / sum(by_hand.values()) == pytest.approx(1, abs=0.03)
 
