@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import locoprop_optax as loco
-from locoprop_optax._quadratic_model import Linearization, _coefficients
+from locoprop_optax._gauss_newton import Linearization, coefficients
 from tests.helpers import MLP
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -123,7 +123,7 @@ def test_what_is_fixed_stays_and_the_rest_is_best(seed, beta, rho):
     rng = np.random.default_rng(seed)
     root, slopes = rng.normal(size=(3, 2)), rng.normal(size=2)
     matrix = root.T @ root + 0.1 * np.eye(2)
-    found = _coefficients(
+    found = coefficients(
         jnp.asarray(matrix),
         jnp.asarray(slopes),
         *(None if v is None else jnp.asarray(v) for v in (beta, rho)),
@@ -155,7 +155,7 @@ def test_what_is_fixed_stays_and_the_rest_is_best(seed, beta, rho):
     ],
 )
 def test_singular_systems(matrix, slopes, expected):
-    found = _coefficients(
+    found = coefficients(
         jnp.asarray(matrix, float), jnp.asarray(slopes, float), None, None
     )
     np.testing.assert_allclose(found, expected, rtol=1e-12)

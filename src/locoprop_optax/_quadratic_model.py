@@ -23,6 +23,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_optax._dtypes import at_least_float32
+from locoprop_optax._gauss_newton import Linearization, coefficients, on_the_plane
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
     at,
@@ -55,62 +56,6 @@ class ScaleByQuadraticModelState(NamedTuple):
     momentum: Float[Array, ""]
     ratio: Float[Array, ""]
     skipped: Int[Array, ""]
-
-
-class ModelAndLoss(NamedTuple):
-    """A model and its loss as two functions, as a Gauss-Newton model needs them.
-
-    Attributes:
-      model_fn: from parameters to outputs; the same dropout masks at each call.
-      loss_fn: from outputs to a scalar.
-      mutated: from parameters to the collections that a pass changes, such as batch
-        statistics; to be called once a step. Under `jit` it costs nothing: the pass is
-        that of the optimizer.
-    """
-
-    model_fn: Callable[[Any], Any]
-    loss_fn: Callable[[Any], Array]
-    mutated: Callable[[Any], Any]
-
-
-class Linearization(NamedTuple):
-    """A model and its loss near the parameters; all products share one forward pass.
-
-    Attributes:
-      value: the loss.
-      loss_gradient: of the loss in the outputs.
-      push: from a change of the parameters, in any dtypes, to that of the outputs, J.
-      pull: from cotangents of the outputs to the parameters', the transpose of J.
-      curve: from a change of the outputs to that of the loss's gradient, H.
-    """
-
-    value: Array
-    loss_gradient: Any
-    push: Callable[[Any], Any]
-    pull: Callable[[Any], Any]
-    curve: Callable[[Any], Any]
-
-    @classmethod
-    def of(
-        cls,
-        model_fn: Callable[[Any], Any],
-        loss_fn: Callable[[Any], Array],
-        params: Any,
-    ) -> Linearization:
-        """Linearizes the model at the parameters and the loss's gradient there."""
-        outputs, linear = jax.linearize(
-            lambda params: at_least_float32(model_fn(params)), params
-        )
-        loss_gradient, curve = jax.linearize(jax.grad(loss_fn), outputs)
-        transposed = jax.linear_transpose(linear, params)
-
-        def push(change):
-            return linear(jax.tree.map(lambda c, p: c.astype(p.dtype), change, params))
-
-        def pull(cotangents):
-            return transposed(cotangents)[0]
-
-        return cls(loss_fn(outputs), loss_gradient, push, pull, curve)
 
 
 Direction = Callable[[Linearization, Any, Any, Array], tuple[Any, Any]]
@@ -277,12 +222,12 @@ def minimize_along(
         linear = Linearization.of(model_fn, loss_fn, params)
         z, strength = state.velocity, state.damping
         d, gradient = direction(linear, updates, z, strength)
-        matrix, slopes = _on_the_plane(linear, gradient, d, z, strength)
+        matrix, slopes = on_the_plane(linear, gradient, d, z, strength)
         fixed = [
             None if value is None else jnp.asarray(at(value, state.count))
             for value in (step_size, momentum)
         ]
-        beta, rho = _coefficients(matrix, slopes, *fixed)
+        beta, rho = coefficients(matrix, slopes, *fixed)
         moved = jax.tree.map(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
@@ -320,65 +265,6 @@ def minimize_along(
         return optax.tree.where(finite, step, nothing), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def inner(first: Any, second: Any) -> Array:
-    """The inner product of two trees, summed in float32 at least."""
-    parts = jax.tree.map(
-        lambda a, b: jnp.sum(a * b), *map(at_least_float32, (first, second))
-    )
-    return jnp.asarray(sum(jax.tree.leaves(parts)))
-
-
-def _on_the_plane(
-    linear: Linearization, gradient: Any, d: Any, z: Any, damping: Array
-) -> tuple[Float[Array, "2 2"], Float[Array, "2"]]:
-    """The damped curvature and the gradient's slopes along d and z."""
-    plane = [d, z]
-    pushed = [linear.push(along) for along in plane]
-    curved = [linear.curve(change) for change in pushed]
-    d_curves, crossed, z_curves = (
-        inner(pushed[i], curved[j]) + damping * inner(plane[i], plane[j])
-        for i, j in ((0, 0), (1, 0), (1, 1))
-    )
-    matrix = jnp.stack([d_curves, crossed, crossed, z_curves]).reshape(2, 2)
-    if gradient is None:
-        slopes = [inner(linear.loss_gradient, change) for change in pushed]
-    else:
-        slopes = [inner(gradient, along) for along in plane]
-    return matrix, jnp.stack(slopes)
-
-
-def _coefficients(
-    matrix: Float[Array, "2 2"],
-    slopes: Float[Array, "2"],
-    beta: Array | None,
-    rho: Array | None,
-) -> tuple[Array, Array]:
-    """The step size and the momentum, as far as they are not given."""
-    (d_curves, crossed), (_, z_curves) = matrix
-    if beta is not None and rho is not None:
-        return beta, rho
-    if beta is not None:
-        return beta, _divide(beta * crossed - slopes[1], z_curves)
-    if rho is not None:
-        return _divide(slopes[0] + rho * crossed, d_curves), rho
-    scale = jnp.sqrt(jnp.diagonal(matrix))
-    scaled, cosine = slopes / scale, crossed / (scale[0] * scale[1])
-    determinant = 1 - cosine**2
-    both = (scaled - cosine * scaled[::-1]) / (determinant * scale)
-    independent = determinant > 64 * jnp.finfo(matrix.dtype).eps
-    descends = independent & jnp.all(jnp.isfinite(both)) & (both @ slopes > 0)
-    along_d = jnp.stack([_divide(slopes[0], d_curves), jnp.zeros_like(d_curves)])
-    along_z = jnp.stack([jnp.zeros_like(z_curves), _divide(slopes[1], z_curves)])
-    alone = jnp.where(d_curves > 0, along_d, along_z)
-    chosen = jnp.where(descends, both, alone)
-    return chosen[0], -chosen[1]
-
-
-def _divide(number: Array, curvature: Array) -> Array:
-    """The minimum of a parabola; zero where it is not curved upwards."""
-    return jnp.where(curvature > 0, number / curvature, 0)
 
 
 def _all_finite(tree: Any) -> Array:

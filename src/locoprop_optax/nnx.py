@@ -24,10 +24,10 @@ from locoprop_optax._capture import (
     table,
     tapped,
 )
+from locoprop_optax._gauss_newton import ModelAndLoss
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
 from locoprop_optax._nnx_layers import linear_map_of, register_linear
-from locoprop_optax._quadratic_model import ModelAndLoss
 from locoprop_optax._transfers import Transfer
 
 __all__ = ["model_and_loss", "register_linear", "tabulate", "value_and_grad"]

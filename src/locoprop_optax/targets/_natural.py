@@ -1,0 +1,171 @@
+"""Targets along the cotangents in the metric of their second moment."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from locoprop_optax._dtypes import at_least_float32
+from locoprop_optax._hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_not_negative,
+    check_positive,
+    check_share,
+)
+from locoprop_optax._intermediates import LayerIntermediates
+from locoprop_optax._inverse import inverse
+from locoprop_optax._layers import LayerError
+from locoprop_optax._linear_maps import DENSE, Channelwise
+from locoprop_optax.targets._target import (
+    Displacement,
+    Target,
+    average_in,
+    check_units,
+    zeros_for,
+)
+
+
+def natural_gradient(
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule = 0.1,
+    decay: float = 0.9,
+) -> Target:
+    r"""A natural-gradient step of the layer's output: the output side of K-FAC.
+
+    With :math:`n` examples and the second moment :math:`C` of their own cotangents,
+
+    .. math::
+      t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
+      \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
+      C \leftarrow \beta C
+      + (1 - \beta) \operatorname{mean}\big( n g_i\, n g_i^\top \big), \quad
+      \hat C = \frac{C}{1 - \beta^k}
+
+    after :math:`k` batches. :math:`C` is made of the sampled cotangents if the
+    intermediates carry them, and is then the Fisher matrix; else it is the empirical
+    Fisher matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC. Each
+    row of a Dense layer counts as an example; a convolution's positions do not, but
+    share one second moment (KFC), as the heads of an attention projection do.
+
+    Args:
+      learning_rate: :math:`\gamma > 0`, a float or a schedule.
+      damping: :math:`\lambda \ge 0` relative to the mean eigenvalue of
+        :math:`\hat C`; a float or a schedule.
+      decay: :math:`\beta` in [0, 1). 0 takes each batch by itself.
+
+    Returns:
+      The target. Its state is :math:`C` for the units of the output's last axis, an
+      array of shape `kernel.shape[:-2] + (d, d)`: a copy for each entry of the
+      kernel's other axes, which may count the layers of a stack.
+
+    Raises:
+      ValueError: if a number is out of its range; when a step is traced, if the units
+        of a layer's output are not those of its kernel's last axis.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> kfac = loco.scale_by_locoprop(
+      ...     loss=loco.losses.squared_loss(),
+      ...     target=loco.targets.natural_gradient(1.0),
+      ...     solver=loco.solvers.exact(damping=0.1))
+
+    References:
+      Martens, Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 3; Grosse, Martens,
+      `A Kronecker-factored Approximate Fisher Matrix for Convolution Layers
+      <https://arxiv.org/abs/1602.01407>`_, 2016.
+    """
+    check_positive("learning_rate (γ of the target)", learning_rate)
+    check_not_negative("damping", damping)
+    check_share("decay", decay)
+
+    def update(layer, loss, state, count):
+        del loss
+        units = layer.cotangents.shape[-1]
+        check_units(state.shape[-1], layer, "natural_gradient")
+        sampled = layer.sampled_cotangents
+        seen = layer.cotangents if sampled is None else sampled
+        per_example = _examples(layer, seen) * at_least_float32(seen.reshape(-1, units))
+        second_moment = per_example.T @ per_example / len(per_example)
+        state, unbiased = average_in(state, second_moment, decay, count)
+        mean = jnp.trace(unbiased) / units
+        diagonal = at(damping, count) * mean + (mean == 0)
+        metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
+        rows = _examples(layer, layer.cotangents)
+        transform = (at(learning_rate, count) * rows * metric).astype(state.dtype)
+        if layer.linear_map == DENSE:
+            outputs, gradient = jax.tree.map(
+                lambda leaf: leaf @ transform, (layer.cotangents, layer.gradient)
+            )
+            return Displacement(outputs, gradient), state
+        return Displacement(layer.cotangents @ transform), state
+
+    return Target(lambda kernel: zeros_for(kernel, *2 * kernel.shape[-1:]), update)
+
+
+def gauss_newton(
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule = 0.1,
+    decay: float = 0.9,
+) -> Target:
+    r"""A Gauss-Newton step of the layer's output.
+
+    With the Jacobian :math:`J` of the network's output in the layer's, and the Hessian
+    :math:`H` of the loss of one example in the network's output,
+
+    .. math::
+      t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
+      \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
+      C \approx \operatorname{mean}\big( J^\top H J \big) .
+
+    It is `natural_gradient` for intermediates that must carry sampled cotangents: if
+    labels are sampled so that the loss's gradients in the network's output have the
+    covariance :math:`H`, as those of a likelihood in its natural parameters have, then
+    the expectation of their second moment is :math:`J^\top H J`.
+
+    Args:
+      learning_rate: as in `natural_gradient`.
+      damping: as in `natural_gradient`.
+      decay: as in `natural_gradient`.
+
+    Returns:
+      The target, as `natural_gradient`.
+
+    Raises:
+      ValueError: as `natural_gradient`; when a step is traced, if there are no sampled
+        cotangents.
+
+    Example:
+      >>> import locoprop_optax as loco
+      >>> target = loco.targets.gauss_newton(1.0, damping=0.03)
+
+    References:
+      Botev, Ritter, Barber, `Practical Gauss-Newton Optimisation for Deep Learning
+      <https://arxiv.org/abs/1706.03662>`_, 2017; Martens, `New Insights and
+      Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_,
+      2020, section 9.
+    """
+    natural = natural_gradient(learning_rate, damping, decay)
+
+    def update(layer, loss, state, count):
+        if layer.sampled_cotangents is None:
+            raise LayerError(
+                "targets.gauss_newton needs sampled cotangents, and its record has "
+                "none. Add them with locoprop_optax.add_sampled_cotangents, or use "
+                "targets.natural_gradient, which does without."
+            )
+        return natural.update(layer, loss, state, count)
+
+    return Target(natural.init, update)
+
+
+def _examples(layer: LayerIntermediates, cotangents: Array) -> int:
+    """How many losses the loss is the mean of, if each row of a Dense layer has one.
+
+    The positions of a convolution share the loss of their example.
+    """
+    if isinstance(layer.linear_map, Channelwise):
+        return cotangents.shape[0]
+    return math.prod(cotangents.shape[:-1])
