@@ -5,7 +5,6 @@ turns epoch by epoch, so that their times are measured under the same conditions
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -242,8 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = results_of(runs, settings, made)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"autoencoder_{options.data}"
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    stem.with_suffix(".jsonl").write_text(lines)
+    report.write_results(results, stem.with_suffix(".jsonl"))
     report.print_table(results)
     report.plot_curves(results, stem.with_suffix(".png"))
     print(f"Results: {stem}.jsonl\nPicture: {stem}.png")

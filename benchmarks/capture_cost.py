@@ -4,7 +4,6 @@ The model is a decoder-only transformer, its blocks unrolled or scanned.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 import locoprop_optax as loco
+from benchmarks import report
 from benchmarks.provenance import provenance
 
 
@@ -139,8 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "capture_cost"
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    stem.with_suffix(".jsonl").write_text(lines)
+    report.write_results(results, stem.with_suffix(".jsonl"))
     table = Table("model", *ratios(results[0]), title="capture, in plain gradients")
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()

@@ -8,7 +8,6 @@ of CurveBall, are the best of a few after a short run.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import locoprop_optax as loco
-from benchmarks import datasets
+from benchmarks import datasets, report
 from benchmarks.autoencoder import Autoencoder
 from benchmarks.provenance import provenance
 
@@ -335,8 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results.append({**result, "made": made})
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "curveball_minibatch"
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    stem.with_suffix(".jsonl").write_text(lines)
+    report.write_results(results, stem.with_suffix(".jsonl"))
     show(results, stem.with_suffix(".png"))
 
 

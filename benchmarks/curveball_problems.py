@@ -8,7 +8,6 @@ a grid for each problem.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import locoprop_optax as loco
+from benchmarks import report
 from benchmarks.provenance import provenance
 
 MAX_STEPS = 5000
@@ -297,9 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "curveball_problems"
-    stem.with_suffix(".jsonl").write_text(
-        "".join(json.dumps(result) + "\n" for result in results)
-    )
+    report.write_results(results, stem.with_suffix(".jsonl"))
     show(results, stem.with_suffix(".png"))
 
 

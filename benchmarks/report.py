@@ -23,6 +23,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes results that `read_results` reads."""
+    path.write_text("".join(json.dumps(result) + "\n" for result in results))
+
+
 COLUMNS = ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam")
 
 

@@ -83,13 +83,12 @@ def operations(
         count["steps by Gram matrices"] = later * sum(
             2 * layers[k][0] ** 2 * layers[k][1] for k in by_gram
         )
-    if variant.startswith("locoprop") and not count.get("local steps"):
+    elif variant.startswith("locoprop"):
         newton = 1 if "1 step" in variant else NEWTON_STEPS
-        if variant in ("locoprop", "locoprop, 1 step"):
-            count["local steps"] = (newton - 1) * 2 * unit
-            count["Gram matrices"] = sum(2 * n * i**2 for i, _ in layers)
-            count["inverses"] = sum(inverse_operations(i) for i, _ in layers)
-            count["solves"] = newton * sum(2 * i**2 * o for i, o in layers)
+        count["local steps"] = (newton - 1) * 2 * unit
+        count["Gram matrices"] = sum(2 * n * i**2 for i, _ in layers)
+        count["inverses"] = sum(inverse_operations(i) for i, _ in layers)
+        count["solves"] = newton * sum(2 * i**2 * o for i, o in layers)
     return {name: value for name, value in count.items() if value}
 
 
@@ -116,7 +115,6 @@ class Step:
         params = self.model.init(jax.random.key(1), self.batch[:1])["params"]
         self.tx, self.variant = VARIANTS[variant](steps), variant
         self.carry = (params, self.tx.init(params))
-        self.seconds: list[float] = []
 
     def __call__(self, carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         """A training step, as the README writes it."""

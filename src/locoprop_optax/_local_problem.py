@@ -268,7 +268,3 @@ class LocalProblems:
     def gradient_at_start(self) -> Any:
         """The gradient before the first step."""
         return self.map(LocalProblem.gradient_at_start)
-
-    def gradient(self, step: Any) -> Any:
-        """The gradient after a step."""
-        return self.map(LocalProblem.gradient, step)

@@ -110,7 +110,6 @@ def scale_by_locoprop(
     def init(params):
         local = selection.mask(params)
         check_params(local)
-
         layers = visible(layers_of(local))
         states = {path: target.init(la[anchor(la)]) for path, la in layers.items()}
         nothing = {path: no_diagnostics() for path in layers}

@@ -87,20 +87,10 @@ LossFactory: TypeAlias = Callable[[Transfer], Loss]
 
 
 @dataclass(frozen=True)
-class MatchingLoss:
-    r"""The Bregman divergence :math:`D(a, t)` of one transfer function's potential.
-
-    Attributes:
-      transfer: the transfer function :math:`f`.
-    """
+class _OfActivations:
+    """A loss whose targets live where the transfer function leads."""
 
     transfer: Transfer
-    is_matching = True
-
-    @property
-    def curvature(self) -> float | None:
-        """The bound of :math:`f'`."""
-        return self.transfer.derivative_bound
 
     def output(self, preactivations: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """The activations :math:`f(a)`."""
@@ -109,6 +99,22 @@ class MatchingLoss:
     def project(self, targets: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """Targets in the closure of the range of :math:`f`."""
         return self.transfer.project(targets)
+
+
+@dataclass(frozen=True)
+class MatchingLoss(_OfActivations):
+    r"""The Bregman divergence :math:`D(a, t)` of one transfer function's potential.
+
+    Attributes:
+      transfer: the transfer function :math:`f`.
+    """
+
+    is_matching = True
+
+    @property
+    def curvature(self) -> float | None:
+        """The bound of :math:`f'`."""
+        return self.transfer.derivative_bound
 
     def value(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]
@@ -213,24 +219,15 @@ def matching_loss(transfer: str | Transfer | Elementwise | None = None) -> LossF
 
 
 @dataclass(frozen=True)
-class SquaredLossAfterActivation:
+class SquaredLossAfterActivation(_OfActivations):
     r"""The squared distance :math:`\tfrac12 \lVert f(a) - t \rVert^2`.
 
     Attributes:
       transfer: the transfer function :math:`f`.
     """
 
-    transfer: Transfer
     is_matching = False
     curvature = None
-
-    def output(self, preactivations: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """The activations :math:`f(a)`."""
-        return self.transfer.function(preactivations)
-
-    def project(self, targets: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """Targets in the closure of the range of :math:`f`."""
-        return self.transfer.project(targets)
 
     def value(
         self, preactivations: Float[Array, "*n d"], targets: Float[Array, "*n d"]

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import jax
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from benchmarks import curveball_minibatch, curveball_problems, datasets
+from benchmarks import curveball_minibatch, curveball_problems, datasets, report
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 REFERENCE = {  # an independent rerun of the paper's definitions: mean and deviation
@@ -19,8 +18,7 @@ REFERENCE = {  # an independent rerun of the paper's definitions: mean and devia
 
 
 def read(name):
-    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return report.read_results(RESULTS / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("problem", curveball_problems.PROBLEMS, ids=lambda p: p.label)

@@ -112,7 +112,7 @@ def first_order(
             decay = jnp.maximum(1 - k * (1 / num_steps), decay_floor)
             now, factor = optimizer_at(count, decay)
             updates, new_state = now.update(
-                _cast(gradient, step), state, _add(params, step)
+                _cast(gradient, step), state, optax.tree.add(params, step)
             )
             moved = jax.tree.map(lambda s, u: s + factor * u, step, updates)
             return _cast(moved, step), _cast(new_state, state)
@@ -168,7 +168,3 @@ def _lengths(problems: LocalProblems, tree: Any, scale: float = 1.0) -> Array:
 def _cast(tree: Any, like: Any) -> Any:
     """Keeps dtypes, whatever the rates and schedules that enter have."""
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), tree, like)
-
-
-def _add(tree: Any, other: Any) -> Any:
-    return jax.tree.map(jnp.add, tree, other)

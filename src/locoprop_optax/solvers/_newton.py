@@ -76,7 +76,6 @@ def majorized_newton(
     """
     check_count("num_steps", num_steps)
     check_not_negative("damping", damping)
-
     check_static("ema", ema)
     check_share("ema", ema)
 

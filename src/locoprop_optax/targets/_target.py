@@ -54,6 +54,7 @@ def average_in(
 
 
 def check_units(known: int, layer: LayerIntermediates, what: str) -> None:
+    """Raises a `LayerError` unless the output has as many units as are known."""
     units = layer.cotangents.shape[-1]
     if known != units:
         raise LayerError(
