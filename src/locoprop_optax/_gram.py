@@ -11,7 +11,6 @@ whose parts are kept apart, so that no matrix is copied to join them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,22 +57,41 @@ class Gram(NamedTuple):
         bias = sums @ matrices.kernel + self.rows * matrices.bias
         return Matrices(kernel + self.sums * matrices.bias, bias)
 
-    def solver(
-        self, bound: Any, diagonal: Float[Array, "g 1 1"]
-    ) -> Callable[[Matrices], Matrices]:
-        r"""The product with :math:`(c\, x^\top x + D)^{-1}`, the bias eliminated."""
+    def inverse(self, bound: Any, diagonal: Float[Array, "g 1 1"]) -> Inverse:
+        r"""The inverse of :math:`c\, x^\top x + D`, c the bound."""
         eye = jnp.eye(self.inner.shape[-1], dtype=self.inner.dtype)
-        inverted = jax.vmap(inverse)(bound * self.inner + diagonal * eye)
+        inner = jax.vmap(inverse)(bound * self.inner + diagonal * eye)
         if self.sums is None:
-            return lambda right: Matrices(inverted @ right.kernel, None)
+            return Inverse(inner, None, None)
         column = bound * self.sums
         row = jnp.swapaxes(column, 1, 2)
-        eliminated = inverted @ column
-        complement = bound * self.rows + diagonal - row @ eliminated
+        eliminated = inner @ column
+        return Inverse(
+            inner, eliminated, bound * self.rows + diagonal - row @ eliminated
+        )
 
-        def solve(right):
-            kernel = inverted @ right.kernel
-            bias = (right.bias - row @ kernel) / complement
-            return Matrices(kernel - eliminated * bias, bias)
 
-        return solve
+class Inverse(NamedTuple):
+    r"""The inverse of a symmetric matrix, by its parts.
+
+    .. math::
+      \begin{pmatrix} A & v \\ v^\top & k \end{pmatrix}
+
+    Attributes:
+      inner: :math:`A^{-1}`, for the kernel.
+      eliminated: :math:`A^{-1} v`; None without a bias.
+      complement: :math:`k - v^\top A^{-1} v`; None without a bias.
+    """
+
+    inner: Float[Array, "g d d"]
+    eliminated: Float[Array, "g d 1"] | None
+    complement: Float[Array, "g 1 1"] | None
+
+    def __matmul__(self, right: Matrices) -> Matrices:
+        """The product with numbers of the shapes of a layer's parameters."""
+        kernel = self.inner @ right.kernel
+        if self.eliminated is None or self.complement is None or right.bias is None:
+            return Matrices(kernel, None)
+        known = jnp.swapaxes(self.eliminated, 1, 2) @ right.kernel
+        bias = (right.bias - known) / self.complement
+        return Matrices(kernel - self.eliminated * bias, bias)

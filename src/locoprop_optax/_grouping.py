@@ -21,6 +21,7 @@ class _Group(NamedTuple):
     stack_dims: int
 
 
+@jax.tree_util.register_pytree_node_class
 class Grouped(Generic[T]):
     """One value per layer, the values of equal layers stacked.
 
@@ -87,6 +88,15 @@ class Grouped(Generic[T]):
                 raise ValueError(f"Layer {names}: {error}") from error
         return Grouped(self._groups, tuple(results))
 
+    def map_together(self, function: Callable[[T], S]) -> Grouped[S]:
+        """As `map`, all equal values stacked, those of layers that stay alone too."""
+        first = [group.paths[0] for group in self._groups]
+        axes = [g.stack_dims + (len(g.paths) > 1) for g in self._groups]
+        values = dict(zip(first, self._values, strict=True))
+        together = Grouped.of(values, dict(zip(first, axes, strict=True)))
+        results = together.map(function).to_layers()
+        return Grouped(self._groups, tuple(results[path] for path in first))
+
     def unzip(self) -> tuple[Grouped[Any], ...]:
         """Parts values that are tuples into one `Grouped` for each element."""
         parts = zip(*self._values, strict=True)  # pyright: ignore
@@ -104,11 +114,25 @@ class Grouped(Generic[T]):
             layers.update(zip(group.paths, members, strict=True))
         return layers
 
+    def tree_flatten(self) -> tuple[tuple[T, ...], tuple[_Group, ...]]:
+        """For JAX: the stacked values are data, who belongs together is not."""
+        return self._values, self._groups
+
+    @classmethod
+    def tree_unflatten(
+        cls, groups: tuple[_Group, ...], values: tuple[T, ...]
+    ) -> Grouped[T]:
+        """The inverse of `tree_flatten`."""
+        return cls(groups, values)
+
 
 def _stack(values: list[T]) -> T:
+    """Stacks, and keeps XLA from stacking anew in each use of a member."""
     if len(values) == 1:
         return values[0]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    return jax.lax.optimization_barrier(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    )
 
 
 def _unstack(value: T, count: int) -> list[T]:

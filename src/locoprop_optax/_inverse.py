@@ -18,7 +18,8 @@ def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     Returns:
       Its inverse; not finite where the matrix is not positive definite.
     """
-    return jax.lax.platform_dependent(matrix, cpu=by_halves, default=by_cholesky)
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.platform_dependent(matrix, cpu=by_halves, default=by_cholesky)
 
 
 def by_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:

@@ -107,6 +107,8 @@ class LocalProblem:
 
     def to_gram(self) -> Gram:
         """The Gram matrices of the layer's design."""
+        if self.gram is not None:
+            return self.gram
         design = self.linear_map.design(self.params, self.inputs)
         dtype = jnp.result_type(*self.params.values())
         return Gram.of(design.astype(dtype), "bias" in self.params)
@@ -118,7 +120,7 @@ class LocalProblem:
         _, d, o = matrices.kernel.shape
         return design.shape[1], d + (matrices.bias is not None), o
 
-    def prefers_gram(self, num_gradients: int, *, have_gram: bool = False) -> bool:
+    def prefers_gram(self, num_gradients: int, *, is_formed: bool) -> bool:
         """Whether so many gradients take fewer operations by the Gram matrix.
 
         A gradient takes :math:`4 n d o` operations by the examples and :math:`2 d^2 o`
@@ -127,7 +129,7 @@ class LocalProblem:
         if self.loss != SQUARED_LOSS or not isinstance(self.linear_map, Product):
             return False
         n, d, o = self.sizes()
-        gram = 0 if have_gram else 2 * n * d * d
+        gram = 0 if is_formed else 2 * n * d * d
         return gram + num_gradients * 2 * d * d * o < num_gradients * 4 * n * d * o
 
     def of_examples(self, number: Array | int, count: int) -> LocalProblem:
@@ -231,27 +233,32 @@ class LocalProblems:
 
     def map(self, function: Callable[..., LayerParams], *trees: Any) -> Any:
         """Applies a function that returns a layer's part of a new tree."""
-        return with_layers(self.tree, self.each(function, *trees).to_layers())
+        return self.to_tree(self.each(function, *trees))
 
-    def map_with_state(
-        self, function: Callable[..., tuple[Any, Any]], state: Any
-    ) -> tuple[Any, Any]:
-        """Applies a function from (problem, state) to (layer's part, new state).
+    def to_tree(self, layers: Grouped[LayerParams]) -> Any:
+        """A tree that has each layer's part at its place."""
+        return with_layers(self.tree, layers.to_layers())
+
+    def from_state(self, state: Any) -> Grouped[Any]:
+        """The layers' values of a tree made by `per_layer`."""
+        return self.grouped.like(layer_values(state, self.tree))
+
+    def to_state(self, values: Grouped[Any]) -> Any:
+        """The inverse of `from_state`."""
+        return per_layer(values.to_layers(), self.tree)
+
+    def with_gram(
+        self, num_gradients: int, *, is_formed: bool = False
+    ) -> LocalProblems:
+        """The same problems, by the Gram matrix where so many gradients prefer it.
 
         Args:
-          function: what to apply to each layer.
-          state: a tree made by `per_layer`.
+          num_gradients: how many gradients will be asked for.
+          is_formed: whether the Gram matrices are formed in any case.
         """
-        held = self.grouped.like(layer_values(state, self.tree))
-        parts, states = self.grouped.map(function, held).unzip()
-        steps = with_layers(self.tree, parts.to_layers())
-        return steps, per_layer(states.to_layers(), self.tree)
-
-    def with_gram(self, num_gradients: int) -> LocalProblems:
-        """The same problems, by the Gram matrix where so many gradients prefer it."""
 
         def prepare(problem):
-            if not problem.prefers_gram(num_gradients):
+            if not problem.prefers_gram(num_gradients, is_formed=is_formed):
                 return problem
             return replace(problem, gram=problem.to_gram())
 

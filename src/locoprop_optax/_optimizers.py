@@ -29,6 +29,8 @@ def locoprop(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    stack_layers: bool | None = None,
+    precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LocoProp with our best defaults, ready for `optax.apply_updates`.
@@ -53,6 +55,9 @@ def locoprop(
         `optax.adamw(1e-3)`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      stack_layers: whether equal layers are solved together, as in
+        `scale_by_locoprop`.
+      precision: of the solver's matrix products, as in `scale_by_locoprop`.
       diagnostics: whether the state holds `LayerDiagnostics`, as in
         `scale_by_locoprop`.
 
@@ -89,6 +94,8 @@ def locoprop(
             solver=solver,
             include=include,
             exclude=exclude,
+            stack_layers=stack_layers,
+            precision=precision,
             diagnostics=diagnostics,
         ),
         optax.identity() if momentum is None else optax.trace(momentum),
@@ -110,6 +117,8 @@ def locoprop_m(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    stack_layers: bool | None = None,
+    precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The paper's LocoProp-M: matching losses, a few steps of RMSProp each.
@@ -137,6 +146,9 @@ def locoprop_m(
         gradient, which is what one local step is.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      stack_layers: whether equal layers are solved together, as in
+        `scale_by_locoprop`.
+      precision: of the solver's matrix products, as in `scale_by_locoprop`.
       diagnostics: whether the state holds `LayerDiagnostics`, as in
         `scale_by_locoprop`.
 
@@ -170,6 +182,8 @@ def locoprop_m(
         regularizer=regularizer,
         fallback=fallback,
         selection=LayerSelection(include, exclude),
+        stack_layers=stack_layers,
+        precision=precision,
         diagnostics=diagnostics,
     )
 
@@ -185,6 +199,8 @@ def locoprop_s(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    stack_layers: bool | None = None,
+    precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The paper's LocoProp-S: squared losses, a few steps of RMSProp each.
@@ -206,6 +222,9 @@ def locoprop_s(
         `locoprop_m`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
+      stack_layers: whether equal layers are solved together, as in
+        `scale_by_locoprop`.
+      precision: of the solver's matrix products, as in `scale_by_locoprop`.
       diagnostics: whether the state holds `LayerDiagnostics`, as in
         `scale_by_locoprop`.
 
@@ -234,6 +253,8 @@ def locoprop_s(
         regularizer=regularizer,
         fallback=fallback,
         selection=LayerSelection(include, exclude),
+        stack_layers=stack_layers,
+        precision=precision,
         diagnostics=diagnostics,
     )
 
@@ -256,7 +277,7 @@ def _reference(
     regularizer: regularizers.Regularizer | None,
     fallback: optax.GradientTransformation | None,
     selection: LayerSelection,
-    diagnostics: bool,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The paper's algorithm with either loss."""
     optimizer = tensorflow_rmsprop if optimizer is None else optimizer
@@ -269,7 +290,7 @@ def _reference(
         ),
         include=selection.include,
         exclude=selection.exclude,
-        diagnostics=diagnostics,
+        **options,
     )
     if fallback is None:
         gamma = optax.scale_by_learning_rate(activation_learning_rate, flip_sign=False)

@@ -1,7 +1,9 @@
 """The building block: local problems solved inside an Optax transformation."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -47,6 +49,8 @@ def scale_by_locoprop(
     solver: solvers.Solver | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
+    stack_layers: bool | None = None,
+    precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each local layer's gradient by the step that solves its problem.
@@ -70,6 +74,14 @@ def scale_by_locoprop(
       include: layers that are local too: a glob over paths such as `"decoder/*"`,
         several globs, or a predicate on paths.
       exclude: layers that are not local although they own a `kernel`.
+      stack_layers: whether equal layers are solved together, stacked in one array: that
+        is less to compile and to launch, but copies what it stacks. Convolutions stay
+        alone. Default: on all devices but a CPU, which is faster without.
+      precision: of the matrix products in the solver, as
+        `jax.default_matmul_precision` takes it: `"BF16_BF16_F32"`, `"TF32_TF32_F32"`
+        and others of `jax.lax.DotAlgorithmPreset` round what enters a product, and sum
+        in float32. Backprop, targets and inverses stay as they are. A CPU computes the
+        first in float32 and refuses the second. Default: as all other products.
       diagnostics: whether the state holds each layer's `LayerDiagnostics` of the last
         step, to be read by `diagnostics_of`. They cost two passes forward through each
         layer. Default: no.
@@ -106,6 +118,7 @@ def scale_by_locoprop(
     solver = solvers.majorized_newton() if solver is None else solver
     penalty = regularizers.none() if regularizer is None else regularizer
     selection = LayerSelection(include, exclude)
+    stacked = jax.default_backend() != "cpu" if stack_layers is None else stack_layers
 
     def init(params):
         local = selection.mask(params)
@@ -142,7 +155,11 @@ def scale_by_locoprop(
         grouped = Grouped.of(
             layers,
             stack_dims={path: layer.stack_dims for path, layer in layers.items()},
-            alone=[p for p, layer in layers.items() if not layer.linear_map.stacks],
+            alone=[
+                path
+                for path, layer in layers.items()
+                if not (stacked and layer.linear_map.stacks)
+            ],
         )
         posed, new_target_states = grouped.map(
             pose_layer,
@@ -150,7 +167,8 @@ def scale_by_locoprop(
             grouped.like(layer_values(state.target, local)),
         ).unzip()
         problems = LocalProblems(posed, tree=local)
-        step, solver_state = solver.solve(problems, state.solver, state.count)
+        with jax.default_matmul_precision(precision) if precision else nullcontext():
+            step, solver_state = solver.solve(problems, state.solver, state.count)
 
         moved = visible(layers_of(step))
         directions = {

@@ -1,15 +1,16 @@
 """Newton steps on a quadratic above the local problem, and the exact solution."""
 
 import math
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from locoprop_optax._gram import Gram
+from locoprop_optax._dtypes import cast_like
+from locoprop_optax._gram import Gram, Inverse
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
     at,
@@ -31,7 +32,11 @@ from locoprop_optax.solvers._solver import Solver
 
 
 def majorized_newton(
-    num_steps: int = 2, damping: ScalarOrSchedule = 0.1, *, ema: float = 0.0
+    num_steps: int = 2,
+    damping: ScalarOrSchedule = 0.1,
+    *,
+    ema: float = 0.0,
+    refresh_every: int = 1,
 ) -> Solver:
     r"""Newton steps on a quadratic that lies above the local problem.
 
@@ -57,18 +62,23 @@ def majorized_newton(
         for the batch's own. Its state is one matrix a layer, of the kernel's rows. No
         step then raises the objective only as far as the batches are alike. Default:
         0, each batch by itself and no state.
+      refresh_every: in how many batches the curvature is formed and inverted once. In
+        the others the inverse of an earlier batch serves, at the price of a matrix a
+        layer of state, and again of steps that descend only as far as batches are
+        alike. Default: 1, in each.
 
     Returns:
       The solver. Biases are solved for as one more row of the kernel, with an input
       of ones. A regularizer adds its own curvature to the Hessian.
 
     Raises:
-      TypeError: if `num_steps` is no Python int.
-      ValueError: if `num_steps` is below 1, `damping` negative or `ema` not in [0, 1);
-        when a step is traced, if the loss or the regularizer has no bounded curvature
-        or, with `ema`, if a layer is a stack, works in groups or has several axes of
-        outputs, as attention's queries have, so that the shape of its state cannot be
-        told from its kernel. The message names the layer.
+      TypeError: if `num_steps` or `refresh_every` is no Python int.
+      ValueError: if `num_steps` or `refresh_every` is below 1, `damping` negative or
+        `ema` not in [0, 1); when a step is traced, if the loss or the regularizer has
+        no bounded curvature or, with `ema` or `refresh_every`, if a layer is a stack,
+        works in groups or has several axes of outputs, as attention's queries have, so
+        that the shape of its state cannot be told from its kernel. The message names
+        the layer.
 
     Example:
       >>> import locoprop_optax as loco
@@ -78,40 +88,61 @@ def majorized_newton(
     check_not_negative("damping", damping)
     check_static("ema", ema)
     check_share("ema", ema)
+    check_count("refresh_every", refresh_every)
+    remembered = [f"ema={ema}"] * bool(ema)
+    remembered += [f"refresh_every={refresh_every}"] * (refresh_every > 1)
+
+    def keep(memory):
+        average = memory.average if ema else ()
+        return _Memory(average, memory.factor if refresh_every > 1 else ())
 
     def init(params):
-        if not ema:
-            return ()
         layers = visible(layers_of(params))
-        zeros = {path: _no_curvature(leaves) for path, leaves in layers.items()}
-        return per_layer(zeros, params)
-
-    def solve_alone(problem, relative):
-        gram = problem.to_gram()
-        if problem.prefers_gram(num_steps - 1, have_gram=True):
-            problem = replace(problem, gram=gram)
-        return _solve_layer(problem, gram, num_steps, relative)
+        memories = {path: keep(_no_memory(leaves)) for path, leaves in layers.items()}
+        return per_layer(memories, params)
 
     def solve(problems, state, count):
         relative = at(damping, count)
-        if not ema:
-            return problems.map(lambda p: solve_alone(p, relative)), state
-        for path in problems.grouped.stacks():
+        layers = problems.with_gram(num_steps - 1, is_formed=refresh_every == 1).grouped
+        for path in layers.stacks() if remembered else ():
             raise ValueError(
-                f"Layer {path!r} is a stack of layers, for which `ema` has no state. "
-                "Use ema=0.0, or name the layer in `exclude=`."
+                f"Layer {path!r} is a stack of layers, for which majorized_newton has "
+                f"no state. Leave {' and '.join(remembered)} out, or name the layer in "
+                "`exclude=`."
             )
 
-        def solve_averaged(problem, average):
-            gram, average = _averaged(problem, average, ema, count)
-            return _solve_layer(problem, gram, num_steps, relative), average
+        def renew(memories):
+            grams = layers.map(LocalProblem.to_gram)
+            averages = layers.map(lambda _, memory: memory.average, memories)
+            if ema:
+                average = partial(_averaged, ema=ema, count=count)
+                grams, averages = layers.map(average, grams, averages).unzip()
+            curvatures = layers.map(_curvature, grams)
+            # An inverse is much to compile, so that equal ones are made at once.
+            factors = curvatures.map_together(partial(_factorize, damping=relative))
+            return averages.map(_Memory, factors)
 
-        return problems.map_with_state(solve_averaged, state)
+        memories = problems.from_state(state)
+        layers.map(_check_memory, memories)
+        if refresh_every == 1:
+            memories = renew(memories)
+        else:
+            memories = jax.lax.cond(
+                count % refresh_every == 0,
+                lambda held: cast_like(renew(held), held),
+                lambda held: held,
+                memories,
+            )
+        factors = memories.map(lambda memory: memory.factor)
+        step = layers.map(partial(_steps, num_steps=num_steps), factors)
+        return problems.to_tree(step), problems.to_state(memories.map(keep))
 
     return Solver(init, solve)
 
 
-def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
+def exact(
+    damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0, refresh_every: int = 1
+) -> Solver:
     r"""The solution of the squared loss, in closed form.
 
     .. math::
@@ -127,6 +158,7 @@ def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
         definite.
       ema: how much of the curvature is kept from batch to batch, as in
         `majorized_newton`.
+      refresh_every: in how many batches it is inverted once, as in `majorized_newton`.
 
     Returns:
       The solver.
@@ -147,7 +179,7 @@ def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
       Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order
       Optimization <https://arxiv.org/abs/2201.12250>`_, 2022.
     """
-    one_step = majorized_newton(1, damping, ema=ema)
+    one_step = majorized_newton(1, damping, ema=ema, refresh_every=refresh_every)
 
     def check(problem):
         if problem.loss != SQUARED_LOSS:
@@ -182,20 +214,93 @@ def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
     return bound, penalty
 
 
-def _solve_layer(
-    problem: LocalProblem, gram: Gram, num_steps: int, damping: Any
-) -> LayerParams:
-    """The steps of `majorized_newton` for one layer."""
+class _Factor(NamedTuple):
+    """What a layer's steps need of its curvature.
+
+    Attributes:
+      inverse: the damped curvature, inverted.
+      strength: what of its diagonal is damping.
+    """
+
+    inverse: Inverse
+    strength: Float[Array, "g 1 1"]
+
+
+class _Memory(NamedTuple):
+    """What is known of a layer's curvature; () for what is not to be remembered.
+
+    Attributes:
+      average: the running average of the Gram matrices over the rows.
+      factor: the inverse that steps use.
+    """
+
+    average: Gram | tuple[()]
+    factor: _Factor | tuple[()]
+
+
+def _no_memory(params: LayerParams) -> _Memory:
+    """The memory before the first batch, by the kernel's shape."""
+    kernel = params[anchor(params)]
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+
+    def memory():
+        no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
+        gram = Gram.of(no_examples, "bias" in params)
+        zero = jnp.zeros((1, 1, 1), dtype)
+        return _Memory(gram, _Factor(gram.inverse(0.0, zero), zero))
+
+    return optax.tree.zeros_like(jax.eval_shape(memory))
+
+
+def _check_memory(problem: LocalProblem, memory: _Memory) -> None:
+    matrices = jax.eval_shape(problem.linear_map.to_matrices, problem.params)
+    groups, size, _ = matrices.kernel.shape
+    for inner in jax.tree.leaves(memory)[:1]:
+        if inner.shape != (groups, size, size):
+            raise LayerError(
+                f"majorized_newton has a state of shape {inner.shape} for it, by its "
+                f"kernel, but its curvature has the shape {(groups, size, size)}. "
+                "Leave `ema` and `refresh_every` out, or name the layer in `exclude=`."
+            )
+
+
+def _averaged(
+    problem: LocalProblem, gram: Gram, average: Gram, *, ema: float, count: Array
+) -> tuple[Gram, Gram]:
+    """The averaged Gram matrices, as if of this batch's rows, and the new average."""
+    del problem
+    correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
+    average = jax.tree.map(
+        lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram
+    )
+    return jax.tree.map(lambda leaf: correction * leaf, average), average
+
+
+def _curvature(problem: LocalProblem, gram: Gram) -> tuple[Gram, Array, Array]:
+    """What bounds a layer's Hessian: the Gram matrix, c, and the regularizer's part."""
     bound, penalty = bounds(problem, "majorized_newton")
+    dtype = gram.inner.dtype
+    return gram, jnp.asarray(bound, dtype), jnp.asarray(penalty, dtype)
+
+
+def _factorize(curvature: tuple[Gram, Array, Array], *, damping: Any) -> _Factor:
+    """Damps and inverts what bounds a layer's Hessian."""
+    gram, bound, penalty = curvature
     mean_eigenvalue = gram.mean_eigenvalue()
     strength = damping * bound * mean_eigenvalue
     # Without any input there is nothing to solve; the identity keeps the step at zero.
-    empty = (mean_eigenvalue == 0) & (jnp.asarray(penalty) == 0)
-    solve = gram.solver(bound, strength + penalty + empty)
+    empty = (mean_eigenvalue == 0) & (penalty == 0)
+    return _Factor(gram.inverse(bound, strength + penalty + empty), strength)
+
+
+def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerParams:
+    """The steps of `majorized_newton` for one layer."""
+    inverse, strength = factor
     to_matrices = problem.linear_map.to_matrices
 
     def change(matrices):
-        return problem.linear_map.from_matrices(solve(matrices), like=problem.params)
+        solved = inverse @ matrices
+        return problem.linear_map.from_matrices(solved, like=problem.params)
 
     def later_step(step, _):
         damped = jax.tree.map(
@@ -208,29 +313,3 @@ def _solve_layer(
     first = optax.tree.scale(-1, change(to_matrices(problem.gradient_at_start())))
     step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
     return step
-
-
-def _no_curvature(params: LayerParams) -> Gram:
-    """The state of `ema` before the first batch, by the kernel's shape."""
-    kernel = params[anchor(params)]
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
-    return Gram.of(no_examples, "bias" in params)
-
-
-def _averaged(
-    problem: LocalProblem, average: Gram, ema: float, count: Array
-) -> tuple[Gram, Gram]:
-    """The averaged Gram matrices, as if of this batch's rows, and the new average."""
-    gram = problem.to_gram()
-    if gram.inner.shape != average.inner.shape:
-        raise LayerError(
-            f"`ema` has a state of shape {average.inner.shape} for it, by its kernel, "
-            f"but its curvature has the shape {gram.inner.shape}. Use ema=0.0, or name "
-            "the layer in `exclude=`."
-        )
-    correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
-    average = jax.tree.map(
-        lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram
-    )
-    return jax.tree.map(lambda leaf: correction * leaf, average), average
