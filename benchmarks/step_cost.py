@@ -2,18 +2,17 @@
 
 The network is the deep autoencoder of the paper. All variants take turns in one
 process; times are medians, and only their ratios mean something. A unit is a forward
-pass, 2 n Σ d_in d_out operations. With `--peer PYTHON`, the interpreter of an
-environment that holds torch and the package `locoprop`, that package takes turns, too.
+pass, 2 n Σ d_in d_out operations. Peers take turns, too: `--peer NAME=PYTHON` names
+a script of `benchmarks/peers` and the interpreter of the environment it asks for. The
+same command runs on a GPU; it measures what the device can do at most, and counts
+kernels.
 """
 
 import argparse
 import json
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,10 +29,16 @@ from rich.table import Table
 
 import locoprop_optax as loco
 from benchmarks.autoencoder import HIDDEN, Autoencoder, reconstruction_loss
+from benchmarks.ceilings import ceilings, launches
+from benchmarks.operations import operations, unit_of
+from benchmarks.peer import start
 from benchmarks.provenance import provenance
 
 PIXELS = 784
-NEWTON_STEPS = 2
+PEER_SETTINGS = {
+    "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
+    "kfac": ({"adaptive": True}, {"adaptive": False}),
+}
 Make = Callable[[int], optax.GradientTransformation]
 VARIANTS: dict[str, Make] = {
     "adam": lambda steps: optax.adam(1e-3),
@@ -45,65 +50,6 @@ VARIANTS: dict[str, Make] = {
     ),
     "locoprop": lambda steps: loco.locoprop(),
 }
-
-
-def layers_of(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Inputs and outputs of each layer."""
-    return list(pairwise(widths))
-
-
-def operations(
-    variant: str, widths: Sequence[int], n: int, steps: int
-) -> dict[str, int]:
-    """The floating-point operations of the matrix products of a step, by hand.
-
-    Args:
-      variant: a key of `VARIANTS`.
-      widths: pixels, hidden widths, pixels.
-      n: examples in a batch.
-      steps: the number of local steps of the paper's variants.
-    """
-    layers = layers_of(widths)
-    unit = sum(2 * n * i * o for i, o in layers)
-    count = {"backprop": 3 * unit - 2 * n * widths[0] * widths[1]}
-    if variant in ("locoprop_m", "locoprop_s"):
-        later = steps - 1
-        linear = (
-            (len(layers) // 2 - 1,) if variant == "locoprop_m" else range(len(layers))
-        )
-        by_gram = {
-            k
-            for k in linear
-            if _gram_is_cheaper(layers[k][0] + 1, layers[k][1], n, later)
-        }
-        count["local steps"] = later * sum(
-            4 * n * i * o for k, (i, o) in enumerate(layers) if k not in by_gram
-        )
-        count["Gram matrices"] = sum(2 * n * layers[k][0] ** 2 for k in by_gram)
-        count["steps by Gram matrices"] = later * sum(
-            2 * layers[k][0] ** 2 * layers[k][1] for k in by_gram
-        )
-    elif variant.startswith("locoprop"):
-        newton = 1 if "1 step" in variant else NEWTON_STEPS
-        count["local steps"] = (newton - 1) * 2 * unit
-        count["Gram matrices"] = sum(2 * n * i**2 for i, _ in layers)
-        count["inverses"] = sum(inverse_operations(i) for i, _ in layers)
-        count["solves"] = newton * sum(2 * i**2 * o for i, o in layers)
-    return {name: value for name, value in count.items() if value}
-
-
-def _gram_is_cheaper(d: int, o: int, n: int, later: int) -> bool:
-    return 2 * n * d * d + later * 2 * d * d * o < later * 4 * n * d * o
-
-
-def inverse_operations(size: int, leaf: int = 64) -> int:
-    """Of an inverse by halves: four products and two inverses of half the size."""
-    if size <= leaf:
-        return 2 * size**3
-    half = -(-size // (2 * leaf)) * leaf
-    rest = size - half
-    products = 2 * half * half * rest * 2 + 2 * half * rest * rest * 2
-    return products + inverse_operations(half, leaf) + inverse_operations(rest, leaf)
 
 
 class Step:
@@ -131,15 +77,45 @@ class Step:
             updates, state = self.tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
+    def record_bytes(self) -> int:
+        """What the records of a step take."""
+        if not self.variant.startswith("locoprop"):
+            return 0
+        capture = loco.linen.value_and_grad(partial(reconstruction_loss, self.model))
+        return _bytes(jax.eval_shape(capture, self.carry[0], self.batch)[2])
+
     def compile(self) -> Any:
         """Compiles the step, its carry donated."""
         lowered = jax.jit(self.__call__, donate_argnums=0).lower(self.carry, self.batch)
         return lowered.compile()
 
     def counted_by_xla(self) -> float:
-        """XLA's count of operations, its loops over local steps written out."""
-        with mock.patch("jax.lax.scan", partial(jax.lax.scan, unroll=True)):
-            return self.compile().cost_analysis()["flops"]
+        """XLA's count of operations: once of what a loop repeats, so extrapolated."""
+        lengths = [1]
+
+        def count(limit):
+            shorter = partial(_shorter, jax.lax.scan, limit, lengths)
+            with mock.patch("jax.lax.scan", shorter):
+                return self.compile().cost_analysis()["flops"]
+
+        one, two = count(1), count(2)
+        return one + (max(lengths) - 1) * (two - one)
+
+
+def _shorter(
+    scan: Any,
+    limit: int,
+    lengths: list[int],
+    step: Any,
+    init: Any,
+    xs: Any = None,
+    **how,
+) -> Any:
+    """A scan of no more steps than the limit, written out; notes its own length."""
+    length = how["length"] if xs is None else len(xs)
+    lengths.append(length)
+    xs = None if xs is None else xs[:limit]
+    return scan(step, init, xs, length=min(limit, length), unroll=True)
 
 
 def bare(widths: Sequence[int], n: int, later: int) -> Callable[[Any], Any]:
@@ -165,6 +141,10 @@ def bare(widths: Sequence[int], n: int, later: int) -> Callable[[Any], Any]:
         return jax.lax.scan(local, moved, length=later)[0]
 
     return jax.jit(products, donate_argnums=0)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def kernels_of(params: Any) -> list[jax.Array]:
@@ -203,64 +183,57 @@ def measure(
             "temporary_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
+            "record_bytes": made[name].record_bytes(),
+            "state_bytes": _bytes(made[name].carry[1]),
+            "parameter_bytes": _bytes(made[name].carry[0]),
+            "launches": launches(compiled[name].as_text()),
         }
     return found
 
 
 def beside_peer(
-    python: Path, widths: Sequence[int], n: int, repeats: int
+    name: str, python: Path, widths: Sequence[int], n: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Step times and losses of locoprop_m and of the PyTorch package, in turns."""
-    step = Step("locoprop_m", widths, n, 10)
-    compiled, params = step.compile(), step.carry[0]
-    arrays = {"batches": np.asarray(step.batch)[None]}
-    for i in range(len(params)):
-        arrays[f"kernel_{i}"] = np.asarray(params[f"Dense_{i}"]["kernel"])
-        arrays[f"bias_{i}"] = np.asarray(params[f"Dense_{i}"]["bias"])
-    script = Path(__file__).parent / "peers" / "torch_locoprop.py"
+    """Times and losses of steps on one batch, a peer's and ours in turns."""
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "start.npz"
-        np.savez(file, **arrays)
-        for correction in ("0", "0.1"):
-            carry = jax.tree.map(jnp.copy, step.carry)
-            command = [python, script, "--input", file, "--correction", correction]
-            with subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            ) as peer:
-                assert peer.stdin is not None
-                assert peer.stdout is not None
-                versions = json.loads(peer.stdout.readline())["versions"]
-                seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-                losses: dict[str, list[float]] = {"ours": [], "peer": []}
-                for _ in track(range(repeats + 1), f"peer, correction {correction}"):
+    for settings in PEER_SETTINGS[name]:
+        ours = {v: Step(v, widths, n, 10) for v in ("adam", "locoprop_m", "locoprop")}
+        compiled = {variant: step.compile() for variant, step in ours.items()}
+        adam = ours["adam"]
+        seconds: dict[str, list[float]] = {v: [] for v in (*ours, name)}
+        losses: dict[str, list[float]] = {v: [] for v in (*ours, name)}
+        images, order = np.asarray(adam.batch), np.tile(np.arange(n), (repeats + 1, 1))
+        params = adam.carry[0]
+        with start(python, name, params, images, order, settings=settings) as peer:
+            for _ in track(range(repeats + 1), f"{name}, {settings}"):
+                for variant, step in ours.items():
                     began = time.perf_counter()
-                    carry, loss = jax.block_until_ready(compiled(carry, step.batch))
-                    seconds["ours"].append(time.perf_counter() - began)
-                    losses["ours"].append(float(loss))
-                    peer.stdin.write('{"steps": 1}\n')
-                    peer.stdin.flush()
-                    answer = json.loads(peer.stdout.readline())
-                    seconds["peer"] += answer["seconds"]
-                    losses["peer"] += answer["losses"]
-            results.append(
-                {
-                    "correction": float(correction),
-                    "versions": versions,
-                    "losses": losses,
-                    **{
-                        f"{k}_seconds": float(np.median(s[1:]))
-                        for k, s in seconds.items()
-                    },
-                }
-            )
+                    step.carry, loss = jax.block_until_ready(
+                        compiled[variant](step.carry, step.batch)
+                    )
+                    seconds[variant].append(time.perf_counter() - began)
+                    losses[variant].append(float(loss))
+                answer = peer.ask(steps=1)
+                seconds[name] += answer["seconds"]
+                losses[name] += answer["losses"]
+            versions = peer.versions
+        medians = {v: float(np.median(s[1:])) for v, s in seconds.items()}
+        results.append(
+            {
+                "peer": name,
+                "settings": settings,
+                "versions": versions,
+                "losses": losses,
+                "seconds": medians,
+            }
+        )
     return results
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Name, operations in units, XLA's count over ours, time over Adam's."""
     found, by_xla = results["found"], results["by_xla"]
-    unit = sum(2 * results["batch"] * i * o for i, o in layers_of(results["widths"]))
+    unit = unit_of(results["widths"], results["batch"])
     table = []
     for name, result in found.items():
         count = sum(result.get("operations", {}).values())
@@ -293,7 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=10, help="local ones, of the paper's"
     )
     parser.add_argument("--width", type=float, default=1.0, help="of hidden layers")
-    parser.add_argument("--peer", type=Path, help="the peer's Python interpreter")
+    parser.add_argument(
+        "--peer",
+        type=lambda text: text.split("=", 1),
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="a script of benchmarks/peers and its interpreter",
+    )
     parser.add_argument("--no-growth", action="store_true", help="leave growth out")
     parser.add_argument("--output", type=Path, default=Path("out"), help="the folder")
     options = parser.parse_args(arguments)
@@ -310,12 +290,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "widths": widths,
         "found": found,
         "by_xla": by_xla,
+        "ceilings": ceilings(max(64, int(2048 * options.width))),
         "made": made,
     }
-    if options.peer:
-        results["peer"] = beside_peer(
-            options.peer, widths, options.batch, options.repeats
+    results["peers"] = [
+        result
+        for name, python in options.peer
+        for result in beside_peer(
+            name, Path(python), widths, options.batch, options.repeats
         )
+    ]
     if not options.no_growth:
         results["growth"] = growth(options.width, options.batch)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -334,9 +318,9 @@ def _scaled(width: float, depth: int = 1) -> list[int]:
 def growth(width: float, batch: int) -> list[dict[str, Any]]:
     """Times against width, depth, batch and local steps, with what is predicted."""
     settings = [
-        *({"width": width * f} for f in (0.5, 1, 2)),
-        *({"depth": d} for d in (1, 2, 4)),
-        *({"batch": max(2, batch * b // 1000)} for b in (100, 1000, 4000)),
+        *({"width": width * f} for f in (0.5, 1, 2, 4)),
+        *({"depth": d} for d in (1, 2, 4, 8)),
+        *({"batch": max(2, batch * b // 1000)} for b in (100, 1000, 4000, 16000)),
         *({"steps": t} for t in (1, 5, 10, 20)),
     ]
     results = []
@@ -355,12 +339,16 @@ def show(results: dict[str, Any], path: Path) -> None:
     for row in rows(results):
         table.add_row(*row)
     Console().print(table)
-    for peer in results.get("peer", ()):
-        ratio = peer["peer_seconds"] / peer["ours_seconds"]
+    for result in results["peers"]:
+        taken, name = result["seconds"], result["peer"]
+        relative = ", ".join(
+            f"{taken[name] / taken[variant]:.2f} times {variant}'s"
+            for variant in taken
+            if variant != name
+        )
+        losses = ", ".join(f"{v} {x[-1]:.1f}" for v, x in result["losses"].items())
         Console().print(
-            f"PyTorch's locoprop, correction {peer['correction']}: {ratio:.2f} times "
-            f"locoprop_m's step; losses {peer['losses']['peer'][-1]:.1f} and "
-            f"{peer['losses']['ours'][-1]:.1f} at the end"
+            f"{name} {result['settings']}: a step takes {relative}; {losses}"
         )
     axes_names = list(dict.fromkeys(r["axis"] for r in results.get("growth", ())))
     if not axes_names:

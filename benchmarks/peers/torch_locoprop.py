@@ -1,9 +1,6 @@
-r"""The PyTorch package `locoprop` 0.1.0 on the deep autoencoder, driven over stdin.
+r"""The PyTorch package `locoprop` 0.1.0 on the deep autoencoder.
 
-A peer of `locoprop_m` that runs in an environment of its own, with torch, locoprop
-and numpy. From a file of weights and batches it trains as many steps as each line
-{"steps": 3} on its input asks for, and answers each with one line,
-{"seconds": [...], "losses": [...]}, the losses those before each step.
+A peer of `locoprop_m`. Its environment holds torch, locoprop and numpy.
 
 The settings are the defaults of `locoprop_m`: matching losses, the tanh's, the code's
 identity and the logits' sigmoid; γ = 10; 10 local steps whose size falls linearly to
@@ -26,24 +23,15 @@ package does differently, and is left as it is:
 - The rate is constant from step to step; there is no schedule.
 """
 
-import argparse
-import itertools
-import json
-import platform
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from locoprop import LocoLayer, LocopropTrainer
+from protocol import CODE, LAYERS, Trainer, serve
 from torch import nn
 
-LAYERS = 8
-CODE = 3
 RMSPROP = {"lr": 1e-5, "alpha": 0.9, "momentum": 0.999, "eps": 1e-5}
 
 
@@ -75,64 +63,33 @@ def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Ten
     return losses / len(images)
 
 
-def trainer_of(model: nn.Sequential, correction: float) -> LocopropTrainer:
-    """The package's trainer with the settings of `locoprop_m`."""
-    return LocopropTrainer(
+def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+    """The package's trainer with the settings of `locoprop_m` and a `correction`."""
+    torch.set_num_threads(settings.get("threads", 2))
+    model = autoencoder(arrays)
+    trainer = LocopropTrainer(
         model,
         reconstruction_loss,
         optimizer_class=torch.optim.RMSprop,
-        optimizer_hparams=RMSPROP,
-        learning_rate=10,
-        local_iterations=10,
-        correction=correction,
+        optimizer_hparams=RMSPROP
+        | {"lr": settings.get("learning_rate", RMSPROP["lr"])},
+        learning_rate=settings.get("activation_learning_rate", 10),
+        local_iterations=settings.get("num_local_steps", 10),
+        correction=settings.get("correction", 0.1),
     )
 
+    def step(images: np.ndarray) -> float:
+        batch = torch.from_numpy(images)
+        return trainer.step(batch, batch).item()
 
-def train(
-    trainer: LocopropTrainer, batches: Iterator[torch.Tensor], steps: int
-) -> dict[str, list[float]]:
-    """The seconds of each step, and the loss before it."""
-    seconds, losses = [], []
-    for images in itertools.islice(batches, steps):
-        began = time.perf_counter()
-        loss = trainer.step(images, images)
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.item())
-    return {"seconds": seconds, "losses": losses}
+    def loss(images: np.ndarray) -> float:
+        batch = torch.from_numpy(images)
+        with torch.no_grad():
+            return reconstruction_loss(model(batch), batch).item()
 
-
-def answer(line: dict[str, Any]) -> None:
-    """Writes one line of JSON, at once."""
-    print(json.dumps(line), flush=True)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Trains the deep autoencoder with the PyTorch package locoprop.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--input", type=Path, required=True, help="kernel_i, bias_i, batches (npz)")
-    add("--correction", type=float, default=0.1, help="of the next layer's input")
-    add("--threads", type=int, default=2, help="the threads that torch uses")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Announces the versions, then answers each line of the input."""
-    options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    with np.load(options.input) as arrays:
-        model = autoencoder(arrays)
-        batches = itertools.cycle(torch.from_numpy(arrays["batches"]))
-    trainer = trainer_of(model, options.correction)
-    versions = {name: version(name) for name in ("torch", "locoprop", "numpy")}
-    versions["python"] = platform.python_version()
-    answer({"versions": versions, "correction": options.correction})
-    for line in sys.stdin:
-        answer(train(trainer, batches, json.loads(line)["steps"]))
+    # Of RMSProp, second moments and momentum for each parameter.
+    return Trainer(step, loss, lambda: 2.0)
 
 
 if __name__ == "__main__":
-    main()
+    serve(make, ("torch", "locoprop"))

@@ -14,8 +14,3 @@ def at_least_float32(tree: Any) -> Any:
         return jnp.asarray(leaf, dtype)
 
     return jax.tree.map(widen, tree)
-
-
-def cast_like(tree: Any, like: Any) -> Any:
-    """The tree in another's dtypes, whatever rates and schedules entered it."""
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), tree, like)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import step_cost
+from benchmarks import ceilings, operations, step_cost
 
 ROOT = Path(__file__).parents[2]
 WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
@@ -14,7 +14,7 @@ WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
 
 @pytest.mark.parametrize("variant", [v for v in step_cost.VARIANTS if v != "muon"])
 def test_no_more_operations_than_counted_by_hand(variant):
-    by_hand = step_cost.operations(variant, WIDTHS, BATCH, STEPS)
+    by_hand = operations.operations(variant, WIDTHS, BATCH, STEPS)
     step = step_cost.Step(variant, WIDTHS, BATCH, STEPS)
     by_xla = step.counted_by_xla()
     assert by_xla / sum(by_hand.values()) == pytest.approx(1, abs=0.03)
@@ -44,8 +44,8 @@ def test_the_table_of_the_page_is_the_committed_result():
 
 
 def test_inverse_operations():
-    assert step_cost.inverse_operations(64) == 2 * 64**3
-    assert step_cost.inverse_operations(128) == 8 * 64**3 + 4 * 64**3
+    assert operations.inverse_operations(64) == 2 * 64**3
+    assert operations.inverse_operations(128) == 8 * 64**3 + 4 * 64**3
 
 
 def test_the_whole_command(tmp_path, capsys):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from locoprop_optax._dtypes import at_least_float32, cast_like
+from locoprop_optax._dtypes import at_least_float32
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
     at,
@@ -112,10 +112,10 @@ def first_order(
             decay = jnp.maximum(1 - k * (1 / num_steps), decay_floor)
             now, factor = optimizer_at(count, decay)
             updates, new_state = now.update(
-                cast_like(gradient, step), state, optax.tree.add(params, step)
+                _cast(gradient, step), state, optax.tree.add(params, step)
             )
             moved = jax.tree.map(lambda s, u: s + factor * u, step, updates)
-            return cast_like(moved, step), cast_like(new_state, state)
+            return _cast(moved, step), _cast(new_state, state)
 
         def gradient(problem, step, number):
             if local_batch_size is None:
@@ -163,3 +163,8 @@ def _lengths(problems: LocalProblems, tree: Any, scale: float = 1.0) -> Array:
     """The norms of all layers' parts of a tree, in one array."""
     norms = problems.each(lambda _, part: scale * optax.tree.norm(part), tree)
     return jnp.concatenate([jnp.ravel(norm) for norm in norms.values])
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    """Keeps dtypes, whatever the rates and schedules that enter have."""
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), tree, like)

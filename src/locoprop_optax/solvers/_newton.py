@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from locoprop_optax._dtypes import cast_like
 from locoprop_optax._gram import Gram, Inverse
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
@@ -32,11 +31,7 @@ from locoprop_optax.solvers._solver import Solver
 
 
 def majorized_newton(
-    num_steps: int = 2,
-    damping: ScalarOrSchedule = 0.1,
-    *,
-    ema: float = 0.0,
-    refresh_every: int = 1,
+    num_steps: int = 2, damping: ScalarOrSchedule = 0.1, *, ema: float = 0.0
 ) -> Solver:
     r"""Newton steps on a quadratic that lies above the local problem.
 
@@ -62,23 +57,18 @@ def majorized_newton(
         for the batch's own. Its state is one matrix a layer, of the kernel's rows. No
         step then raises the objective only as far as the batches are alike. Default:
         0, each batch by itself and no state.
-      refresh_every: in how many batches the curvature is formed and inverted once. In
-        the others the inverse of an earlier batch serves, at the price of a matrix a
-        layer of state, and again of steps that descend only as far as batches are
-        alike. Default: 1, in each.
 
     Returns:
       The solver. Biases are solved for as one more row of the kernel, with an input
       of ones. A regularizer adds its own curvature to the Hessian.
 
     Raises:
-      TypeError: if `num_steps` or `refresh_every` is no Python int.
-      ValueError: if `num_steps` or `refresh_every` is below 1, `damping` negative or
-        `ema` not in [0, 1); when a step is traced, if the loss or the regularizer has
-        no bounded curvature or, with `ema` or `refresh_every`, if a layer is a stack,
-        works in groups or has several axes of outputs, as attention's queries have, so
-        that the shape of its state cannot be told from its kernel. The message names
-        the layer.
+      TypeError: if `num_steps` is no Python int.
+      ValueError: if `num_steps` is below 1, `damping` negative or `ema` not in [0, 1);
+        when a step is traced, if the loss or the regularizer has no bounded curvature
+        or, with `ema`, if a layer is a stack, works in groups or has several axes of
+        outputs, as attention's queries have, so that the shape of its state cannot be
+        told from its kernel. The message names the layer.
 
     Example:
       >>> import locoprop_optax as loco
@@ -88,61 +78,36 @@ def majorized_newton(
     check_not_negative("damping", damping)
     check_static("ema", ema)
     check_share("ema", ema)
-    check_count("refresh_every", refresh_every)
-    remembered = [f"ema={ema}"] * bool(ema)
-    remembered += [f"refresh_every={refresh_every}"] * (refresh_every > 1)
-
-    def keep(memory):
-        average = memory.average if ema else ()
-        return _Memory(average, memory.factor if refresh_every > 1 else ())
 
     def init(params):
+        if not ema:
+            return ()
         layers = visible(layers_of(params))
-        memories = {path: keep(_no_memory(leaves)) for path, leaves in layers.items()}
-        return per_layer(memories, params)
+        zeros = {path: _no_curvature(leaves) for path, leaves in layers.items()}
+        return per_layer(zeros, params)
 
     def solve(problems, state, count):
-        relative = at(damping, count)
-        layers = problems.with_gram(num_steps - 1, is_formed=refresh_every == 1).grouped
-        for path in layers.stacks() if remembered else ():
-            raise ValueError(
-                f"Layer {path!r} is a stack of layers, for which majorized_newton has "
-                f"no state. Leave {' and '.join(remembered)} out, or name the layer in "
-                "`exclude=`."
-            )
-
-        def renew(memories):
-            grams = layers.map(LocalProblem.to_gram)
-            averages = layers.map(lambda _, memory: memory.average, memories)
-            if ema:
-                average = partial(_averaged, ema=ema, count=count)
-                grams, averages = layers.map(average, grams, averages).unzip()
-            curvatures = layers.map(_curvature, grams)
-            # An inverse is much to compile, so that equal ones are made at once.
-            factors = curvatures.map_together(partial(_factorize, damping=relative))
-            return averages.map(_Memory, factors)
-
-        memories = problems.from_state(state)
-        layers.map(_check_memory, memories)
-        if refresh_every == 1:
-            memories = renew(memories)
-        else:
-            memories = jax.lax.cond(
-                count % refresh_every == 0,
-                lambda held: cast_like(renew(held), held),
-                lambda held: held,
-                memories,
-            )
-        factors = memories.map(lambda memory: memory.factor)
+        layers = problems.with_gram(num_steps - 1, is_formed=True).grouped
+        grams = layers.map(LocalProblem.to_gram)
+        if ema:
+            for path in layers.stacks():
+                raise ValueError(
+                    f"Layer {path!r} is a stack of layers, for which `ema` has no "
+                    "state. Use ema=0.0, or name the layer in `exclude=`."
+                )
+            average = partial(_averaged, ema=ema, count=count)
+            grams, averages = grams.map(average, problems.from_state(state)).unzip()
+            state = problems.to_state(averages)
+        factorize = partial(_factorize, damping=at(damping, count))
+        # An inverse is much to compile, so that equal ones are made at once.
+        factors = layers.map(_curvature, grams).map_together(factorize)
         step = layers.map(partial(_steps, num_steps=num_steps), factors)
-        return problems.to_tree(step), problems.to_state(memories.map(keep))
+        return problems.to_tree(step), state
 
     return Solver(init, solve)
 
 
-def exact(
-    damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0, refresh_every: int = 1
-) -> Solver:
+def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
     r"""The solution of the squared loss, in closed form.
 
     .. math::
@@ -158,7 +123,6 @@ def exact(
         definite.
       ema: how much of the curvature is kept from batch to batch, as in
         `majorized_newton`.
-      refresh_every: in how many batches it is inverted once, as in `majorized_newton`.
 
     Returns:
       The solver.
@@ -179,7 +143,7 @@ def exact(
       Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order
       Optimization <https://arxiv.org/abs/2201.12250>`_, 2022.
     """
-    one_step = majorized_newton(1, damping, ema=ema, refresh_every=refresh_every)
+    one_step = majorized_newton(1, damping, ema=ema)
 
     def check(problem):
         if problem.loss != SQUARED_LOSS:
@@ -226,49 +190,24 @@ class _Factor(NamedTuple):
     strength: Float[Array, "g 1 1"]
 
 
-class _Memory(NamedTuple):
-    """What is known of a layer's curvature; () for what is not to be remembered.
-
-    Attributes:
-      average: the running average of the Gram matrices over the rows.
-      factor: the inverse that steps use.
-    """
-
-    average: Gram | tuple[()]
-    factor: _Factor | tuple[()]
-
-
-def _no_memory(params: LayerParams) -> _Memory:
-    """The memory before the first batch, by the kernel's shape."""
+def _no_curvature(params: LayerParams) -> Gram:
+    """The state of `ema` before the first batch, by the kernel's shape."""
     kernel = params[anchor(params)]
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-
-    def memory():
-        no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
-        gram = Gram.of(no_examples, "bias" in params)
-        zero = jnp.zeros((1, 1, 1), dtype)
-        return _Memory(gram, _Factor(gram.inverse(0.0, zero), zero))
-
-    return optax.tree.zeros_like(jax.eval_shape(memory))
-
-
-def _check_memory(problem: LocalProblem, memory: _Memory) -> None:
-    matrices = jax.eval_shape(problem.linear_map.to_matrices, problem.params)
-    groups, size, _ = matrices.kernel.shape
-    for inner in jax.tree.leaves(memory)[:1]:
-        if inner.shape != (groups, size, size):
-            raise LayerError(
-                f"majorized_newton has a state of shape {inner.shape} for it, by its "
-                f"kernel, but its curvature has the shape {(groups, size, size)}. "
-                "Leave `ema` and `refresh_every` out, or name the layer in `exclude=`."
-            )
+    no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
+    return Gram.of(no_examples, "bias" in params)
 
 
 def _averaged(
-    problem: LocalProblem, gram: Gram, average: Gram, *, ema: float, count: Array
+    gram: Gram, average: Gram, *, ema: float, count: Array
 ) -> tuple[Gram, Gram]:
     """The averaged Gram matrices, as if of this batch's rows, and the new average."""
-    del problem
+    if gram.inner.shape != average.inner.shape:
+        raise LayerError(
+            f"`ema` has a state of shape {average.inner.shape} for it, by its kernel, "
+            f"but its curvature has the shape {gram.inner.shape}. Use ema=0.0, or name "
+            "the layer in `exclude=`."
+        )
     correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
     average = jax.tree.map(
         lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram

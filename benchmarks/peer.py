@@ -1,0 +1,84 @@
+"""Optimizers that run in environments of their own, as `benchmarks/peers` has them."""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "peers"
+
+
+class Peer(NamedTuple):
+    """A peer that is running.
+
+    Attributes:
+      process: answers each line with one.
+      versions: of its packages.
+    """
+
+    process: subprocess.Popen[str]
+    versions: dict[str, str]
+
+    def ask(self, **asked: Any) -> dict[str, Any]:
+        """One answer, to `steps=3` or `evaluate=True`.
+
+        Raises:
+          RuntimeError: if the peer has ended; its error is on its own output.
+        """
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return _read(self.process)
+
+
+def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"The peer has ended with code {process.wait()}.")
+    return json.loads(line)
+
+
+@contextmanager
+def start(
+    python: Path,
+    script: str,
+    params: Mapping[str, Any],
+    train: np.ndarray,
+    order: np.ndarray,
+    *,
+    test: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Peer]:
+    """Starts a peer, and ends it with the block.
+
+    Args:
+      python: the interpreter of its environment.
+      script: its name in `benchmarks/peers`.
+      params: of the autoencoder, `Dense_0` and so on.
+      train: the images.
+      order: the rows of `train` in each batch.
+      test: images for `evaluate`; default the first batch.
+      settings: what the script's docstring lists.
+    """
+    test = train[order[0]] if test is None else test
+    arrays = {"train": train, "test": test, "order": order}
+    for i in range(len(params)):
+        for name, leaf in params[f"Dense_{i}"].items():
+            arrays[f"{name}_{i}"] = np.asarray(leaf)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "start.npz"
+        np.savez(file, **arrays)
+        command = [python, FOLDER / f"{script}.py", "--input", file]
+        command += ["--settings", json.dumps(dict(settings or {}))]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+            try:
+                yield Peer(process, _read(process)["versions"])
+            finally:
+                process.kill()

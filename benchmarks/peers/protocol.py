@@ -1,0 +1,91 @@
+"""What every peer does: announce itself, then answer each line of its input.
+
+A peer runs in an environment of its own. It reads a file of arrays, `kernel_i` and
+`bias_i` of each layer, `train` and `test` images, and `order`, the rows of `train` in
+each batch. It writes one line of JSON for itself and one for each line it reads:
+
+- `{"steps": 3}` trains the next three batches: `seconds` and `losses` of each, the
+  losses those before the step;
+- `{"evaluate": true}` gives `train_loss` and `test_loss`.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LAYERS = 8
+CODE = 3
+
+
+class Trainer(NamedTuple):
+    """A peer's optimizer on its model, the weights inside.
+
+    Attributes:
+      step: trains on a batch of images; returns the loss before.
+      loss: the mean loss of some images.
+      state_size: the optimizer's state in multiples of the parameters.
+    """
+
+    step: Callable[[np.ndarray], float]
+    loss: Callable[[np.ndarray], float]
+    state_size: Callable[[], float]
+
+
+def serve(
+    make: Callable[[Mapping[str, np.ndarray], dict[str, Any]], Trainer],
+    packages: Sequence[str],
+) -> None:
+    """Runs a peer from the command line.
+
+    Args:
+      make: from the arrays and the settings to the trainer.
+      packages: whose versions are announced.
+    """
+    parser = argparse.ArgumentParser(description="A peer; see benchmarks/peers.")
+    parser.add_argument("--input", type=Path, required=True, help="the arrays (npz)")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON")
+    options = parser.parse_args()
+    with np.load(options.input) as file:
+        arrays = dict(file)
+    trainer = make(arrays, options.settings)
+    versions = {name: version(name) for name in (*packages, "numpy")}
+    answer({"versions": {"python": platform.python_version(), **versions}})
+    batches = iter(arrays["order"])
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "steps" in asked:
+            seconds, losses = [], []
+            for _, rows in zip(range(asked["steps"]), batches, strict=False):
+                images = arrays["train"][rows]
+                began = time.perf_counter()
+                losses.append(trainer.step(images))
+                seconds.append(time.perf_counter() - began)
+            answer({"seconds": seconds, "losses": losses})
+        else:
+            answer(
+                {
+                    f"{part}_loss": mean_loss(trainer, arrays[part])
+                    for part in ("train", "test")
+                }
+                | {"state_size": trainer.state_size()}
+            )
+
+
+def mean_loss(trainer: Trainer, images: np.ndarray) -> float:
+    """The mean loss over any number of images, in batches."""
+    parts = [images[i : i + 1000] for i in range(0, len(images), 1000)]
+    losses = [trainer.loss(part) for part in parts]
+    return float(np.average(losses, weights=[len(part) for part in parts]))
+
+
+def answer(line: dict[str, Any]) -> None:
+    """Writes one line of JSON, at once."""
+    print(json.dumps(line), flush=True)
