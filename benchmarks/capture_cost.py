@@ -84,7 +84,7 @@ def measure(depth: int, scanned: bool, repeats: int) -> dict[str, Any]:
     for _ in track(range(repeats), f"depth {depth}, scanned {scanned}"):
         for name, make in makers.items():
             jax.clear_caches()
-            trace, compile_, compiled = _compile(make(loss_fn), params, tokens)
+            trace, compile_, compiled = compile_seconds(make(loss_fn), params, tokens)
             seconds[name].append((trace, compile_))
             memory = compiled.memory_analysis()
             figures[name] = {
@@ -98,7 +98,10 @@ def measure(depth: int, scanned: bool, repeats: int) -> dict[str, Any]:
     return figures
 
 
-def _compile(function: Callable[..., Any], *args: Any) -> tuple[float, float, Any]:
+def compile_seconds(
+    function: Callable[..., Any], *args: Any
+) -> tuple[float, float, Any]:
+    """The seconds to trace and to compile a function, and what was compiled."""
     began = time.perf_counter()
     lowered = jax.jit(function).lower(*args)
     traced = time.perf_counter()

@@ -1,7 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -147,23 +150,93 @@ def test_unknown_extra_arguments_are_ignored():
     tx.update(grads, tx.init(params), params, intermediates=intermediates, value=1.0)
 
 
-def test_equal_layers_are_solved_as_one_by_one():
+SOLVERS = {
+    "first_order": loco.solvers.first_order(optax.adam, 3, learning_rate=1e-2),
+    "majorized_newton": loco.solvers.majorized_newton(2),
+    "averaged": loco.solvers.majorized_newton(2, ema=0.5),
+    "conjugate_gradient": loco.solvers.conjugate_gradient(3),
+    "line_searched": loco.solvers.line_searched(loco.solvers.majorized_newton()),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_equal_layers_are_solved_as_one_by_one(solver, stacked):
     params, layer = random_layer(0, 6, 4, 3, "tanh")
     other_params, other = random_layer(1, 6, 4, 3, "tanh")
-    tx = loco.scale_by_locoprop()
+    tx = loco.scale_by_locoprop(solver=SOLVERS[solver], stack_layers=stacked)
 
     def update(layers, params):
-        grads = jax.tree.map(jnp.zeros_like, params)
+        grads, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
         intermediates = loco.Intermediates(layers)
-        state = tx.init(params)
-        return tx.update(grads, state, params, intermediates=intermediates)[0]
+        for _ in range(2):
+            updates, state = tx.update(
+                grads, state, params, intermediates=intermediates
+            )
+        return updates
 
     both = update({"a": layer, "b": other}, {"a": params, "b": other_params})
     one, two = (
         update({"a": layer}, {"a": params}),
         update({"b": other}, {"b": other_params}),
     )
-    chex.assert_trees_all_close(both, {**one, **two}, rtol=1e-5)
+    chex.assert_trees_all_close(both, {**one, **two}, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [loco.locoprop, partial(loco.locoprop_m, 1e-3)])
+def test_stacking_shares_products_and_changes_no_number(make):
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(5):
+                x = nn.tanh(nn.Dense(4)(x))
+            return nn.Dense(3)(x)
+
+    loss_fn, params, batch = regression(Deep())
+    found, products = {}, {}
+    for stacked in (True, False):
+        tx = make(stack_layers=stacked)
+        step = jax.jit(train_step(loss_fn, tx))
+        found[stacked] = step(params, tx.init(params), batch)
+        text = str(
+            jax.make_jaxpr(train_step(loss_fn, tx))(params, tx.init(params), batch)
+        )
+        products[stacked] = text.count("dot_general")
+    chex.assert_trees_all_close(found[True], found[False], rtol=1e-5, atol=1e-7)
+    assert products[True] < products[False]
+
+
+def test_precision_is_that_of_the_solver_alone():
+    loss_fn, params, batch = regression()
+
+    def precisions(solver):
+        tx = loco.scale_by_locoprop(solver=solver, precision="BF16_BF16_F32")
+        step = train_step(loss_fn, tx)
+        jaxpr = jax.make_jaxpr(step)(params, tx.init(params), batch)
+        return [str(eqn.params["precision"]) for eqn in products_of(jaxpr.jaxpr)]
+
+    def products_of(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                yield from products_of(inner)
+
+    found = precisions(BLOCKS["first_order"])
+    assert found.count("None") == 5, "backprop's: three a layer but one"
+    assert found.count("BF16_BF16_F32") == len(found) - 5 >= 4
+    found = precisions(BLOCKS["majorized_newton"])
+    assert found.count("None") == 5
+    full = [name for name in found if "HIGHEST" in name]
+    assert len(full) > 4, "those of the inverse and by it"
+    assert found.count("BF16_BF16_F32") == len(found) - 5 - len(full) >= 4
+
+
+def test_unknown_precision():
+    loss_fn, params, batch = regression()
+    tx = loco.scale_by_locoprop(precision="float7")
+    with pytest.raises(ValueError, match="float7"):
+        train_step(loss_fn, tx)(params, tx.init(params), batch)
 
 
 def test_stacked_layers_are_solved_each_on_its_own():

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_optax._inverse import inverse
+from locoprop_optax._inverse import in_full_precision, inverse
 from locoprop_optax._linear_maps import Matrices
 
 
@@ -57,6 +57,7 @@ class Gram(NamedTuple):
         bias = sums @ matrices.kernel + self.rows * matrices.bias
         return Matrices(kernel + self.sums * matrices.bias, bias)
 
+    @in_full_precision
     def inverse(self, bound: Any, diagonal: Float[Array, "g 1 1"]) -> Inverse:
         r"""The inverse of :math:`c\, x^\top x + D`, c the bound."""
         eye = jnp.eye(self.inner.shape[-1], dtype=self.inner.dtype)
@@ -87,6 +88,7 @@ class Inverse(NamedTuple):
     eliminated: Float[Array, "g d 1"] | None
     complement: Float[Array, "g 1 1"] | None
 
+    @in_full_precision
     def __matmul__(self, right: Matrices) -> Matrices:
         """The product with numbers of the shapes of a layer's parameters."""
         kernel = self.inner @ right.kernel

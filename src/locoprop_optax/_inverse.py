@@ -1,14 +1,35 @@
 """The inverse of a positive definite matrix."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Float
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _LEAF = 64
 _PIVOTS = 4
 
 
+def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """Keeps a function's products from being rounded, whatever the device's default.
+
+    The entries of an inverse cancel in products, so that few bits are not enough.
+    """
+
+    @wraps(function)
+    def in_full(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return in_full
+
+
+@in_full_precision
 def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """Inverts a symmetric positive definite matrix in the way its device does fast.
 
@@ -18,8 +39,7 @@ def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     Returns:
       Its inverse; not finite where the matrix is not positive definite.
     """
-    with jax.default_matmul_precision("highest"):
-        return jax.lax.platform_dependent(matrix, cpu=by_halves, default=by_cholesky)
+    return jax.lax.platform_dependent(matrix, cpu=by_halves, default=by_cholesky)
 
 
 def by_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:

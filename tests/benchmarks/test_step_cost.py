@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import ceilings, operations, step_cost
@@ -54,4 +55,41 @@ def test_the_whole_command(tmp_path, capsys):
     results = json.loads((tmp_path / "step_cost.json").read_text())
     assert set(results["by_xla"]) == set(step_cost.VARIANTS) - {"muon"}
     assert all(found["seconds"] > 0 for found in results["found"].values())
+    assert all(found.get("launches", 1) > 0 for found in results["found"].values())
+    assert results["ceilings"]["bytes a second"] > 0
     assert "locoprop_m" in capsys.readouterr().out
+
+
+def test_growth_and_its_picture(tmp_path):
+    options = ["--repeats", "1", "--width", "0.02", "--batch", "20", "--steps", "2"]
+    step_cost.main([*options, "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "step_cost.json").read_text())
+    assert {r["axis"] for r in results["growth"]} == {
+        "width",
+        "depth",
+        "batch",
+        "steps",
+    }
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+def test_kernels_of_a_loop_count_as_often_as_it_turns():
+    def loop(turns):
+        def body(x, _):
+            return jnp.sin(x @ x), None
+
+        scanned = jax.jit(lambda x: jax.lax.scan(body, x, length=turns)[0])
+        return ceilings.launches(scanned.lower(jnp.eye(64)).compile().as_text())
+
+    assert loop(30) - loop(20) == loop(20) - loop(10) >= 20
+
+
+def test_records_and_state_are_itemized():
+    widths, n = step_cost._scaled(0.06), 40
+    found = step_cost.measure(widths, n, 2, 1, ["adam", "locoprop_m", "locoprop"])
+    params = sum((i + 1) * o for i, o in operations.layers_of(widths))
+    records = params + n * sum(i + 2 * o for i, o in operations.layers_of(widths))
+    assert found["adam"]["record_bytes"] == 0
+    assert found["locoprop"]["record_bytes"] == pytest.approx(4 * records, rel=0.01)
+    assert found["locoprop"]["state_bytes"] == pytest.approx(4 * params, rel=0.01)
+    assert found["locoprop_m"]["state_bytes"] == pytest.approx(8 * params, rel=0.01)

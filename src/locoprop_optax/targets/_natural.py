@@ -15,7 +15,7 @@ from locoprop_optax._hyperparams import (
     check_share,
 )
 from locoprop_optax._intermediates import LayerIntermediates
-from locoprop_optax._inverse import inverse
+from locoprop_optax._inverse import in_full_precision, inverse
 from locoprop_optax._layers import LayerError
 from locoprop_optax._linear_maps import DENSE, Channelwise
 from locoprop_optax.targets._target import (
@@ -81,6 +81,7 @@ def natural_gradient(
     check_not_negative("damping", damping)
     check_share("decay", decay)
 
+    @in_full_precision
     def update(layer, loss, state, count):
         del loss
         units = layer.cotangents.shape[-1]

@@ -1,0 +1,118 @@
+"""Local solves with products in bfloat16 beside float32: loss on the autoencoder.
+
+A CPU computes `precision="BF16_BF16_F32"` in float32. Here such a product first rounds
+what enters it to bfloat16, as an accelerator does, and sums in float32.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src.interpreters import mlir
+from jax.extend.core.primitives import dot_general_p
+from rich.console import Console
+from rich.table import Table
+
+import locoprop_optax as loco
+from benchmarks import autoencoder, datasets, report
+from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
+from benchmarks.provenance import provenance
+
+BFLOAT16 = "BF16_BF16_F32"
+MAKERS = {"locoprop": (loco.locoprop, 0.1), "locoprop_m": (loco.locoprop_m, 1e-5)}
+
+
+def round_on_cpu() -> None:
+    """Makes products in bfloat16 round on this process's CPU, too, for good."""
+    if jax.default_backend() != "cpu":
+        return
+    usual = mlir._platform_specific_lowerings["cpu"][dot_general_p].rule
+
+    def rounded(x, y, **how):
+        short = (jax.lax.reduce_precision(a, 8, 7) for a in (x, y))
+        return dot_general_p.bind(*short, **how)
+
+    def lower(context, x, y, **how):
+        if how["precision"] != jax.lax.DotAlgorithmPreset.BF16_BF16_F32:
+            return usual(context, x, y, **how)
+        how = how | {"precision": None}
+        function = mlir.lower_fun(rounded, multiple_results=False)
+        return function(context, x, y, **how)
+
+    mlir.register_lowering(dot_general_p, lower, platform="cpu")
+
+
+def train(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each of `MAKERS` in both precisions, from the same weights and batches."""
+    names = []
+    for name, (make, rate) in MAKERS.items():
+        for precision in (None, BFLOAT16):
+            key = f"{name}, bfloat16" if precision else f"{name}, float32"
+            CONTESTANTS[key] = Contestant(
+                key,
+                lambda n, make=make, rate=rate, precision=precision: make(
+                    warmup_then_linear(rate, n), precision=precision
+                ),
+            )
+            names.append(key)
+    images = datasets.load(options.data, options.data_dir, options.train_size)
+    model = autoencoder.Autoencoder(
+        tuple(round(w * options.width) for w in autoencoder.HIDDEN)
+    )
+    runs = autoencoder.train(
+        model, images, names, epochs=options.epochs, batch_size=1000, seed=0
+    )
+    settings = {
+        "data": options.data,
+        "train_images": len(images.train),
+        "epochs": options.epochs,
+        "batch_size": 1000,
+        "hidden": list(model.hidden),
+    }
+    return autoencoder.results_of(runs, settings, provenance())
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Epoch, and for each optimizer bfloat16's training loss over float32's."""
+    curves = {r["optimizer"]: [p["train_loss"] for p in r["curve"]] for r in results}
+
+    def ratio(name, epoch):
+        return curves[f"{name}, bfloat16"][epoch] / curves[f"{name}, float32"][epoch]
+
+    return [
+        (str(epoch), *(f"{ratio(name, epoch):.4f}" for name in MAKERS))
+        for epoch in range(1, results[0]["settings"]["epochs"] + 1)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, writes the results, and shows a table and a picture of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", choices=datasets.NAMES, default="curves", help="the images")
+    add("--data-dir", type=Path, help="the folder with IDX files")
+    add("--train-size", type=int, default=20_000, help="how many training images")
+    add("--epochs", type=int, default=10, help="passes over the images")
+    add("--width", type=float, default=1.0, help="multiplies the hidden widths")
+    add("--output", type=Path, default=Path("out"), help="the folder for results")
+    options = parser.parse_args(arguments)
+    round_on_cpu()
+    results = train(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / "precision"
+    report.write_results(results, stem.with_suffix(".jsonl"))
+    table = Table("epoch", *MAKERS, title="training loss, bfloat16 over float32")
+    for row in rows(results):
+        table.add_row(*row)
+    Console().print(table)
+    report.plot_curves(results, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
