@@ -1,192 +1,116 @@
 """The deep autoencoder of the LocoProp paper, trained by several optimizers.
 
-All start from the same weights, see the same batches in the same order, and take
-turns epoch by epoch, so that their times are measured under the same conditions.
+All start from the same weights, see the same batches in the same order, and take turns
+epoch by epoch, so that their times are measured under the same conditions. Peers take
+part from environments of their own: `--peer SCRIPT=PYTHON` names a script of
+`benchmarks/peers` and its interpreter. One that fails is listed with its error.
 """
 
 import argparse
-import time
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.progress import Progress
 
-import locoprop_optax as loco
 from benchmarks import datasets, report
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.network import NETWORKS, TRANSFERS, Autoencoder
 from benchmarks.provenance import provenance
-
-HIDDEN = (1000, 500, 250, 30, 250, 500, 1000)
-
-
-class Autoencoder(nn.Module):
-    """Dense layers with tanh between them, but for a linear code layer.
-
-    Attributes:
-      hidden: the widths of the hidden layers, the middle one the code.
-      pixels: the width of input and output.
-    """
-
-    hidden: Sequence[int] = HIDDEN
-    pixels: int = 784
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From pixels to the logits of their reconstruction."""
-        code = len(self.hidden) // 2
-        for i, width in enumerate((*self.hidden, self.pixels)):
-            x = nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x)
-            if i not in (code, len(self.hidden)):
-                x = nn.tanh(x)
-        return x
-
-
-def reconstruction_loss(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    """Sigmoid cross-entropy, summed over pixels and averaged over images."""
-    logits = model.apply({"params": params}, images)
-    losses = optax.sigmoid_binary_cross_entropy(logits, images)
-    return jnp.mean(jnp.sum(losses, axis=-1))
+from benchmarks.training import Task, Trainer, make_task, start
 
 
 @dataclass
 class Run:
-    """One optimizer's training, its compiled step and its curve so far."""
+    """One optimizer's training and its curve so far.
+
+    Attributes:
+      name: a key of `CONTESTANTS`.
+      trainer: None if it could not start.
+      step_seconds: the time of each step.
+      curve: the losses at the end of each epoch.
+      error: why it ended early.
+    """
 
     name: str
-    step: Any
-    params: Any
-    opt_state: Any
-    compile_seconds: float
-    seconds: float = 0.0
+    trainer: Trainer | None
     step_seconds: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+    error: str | None = None
 
+    def advance(self, steps: int, epoch: int) -> float:
+        """Takes steps and adds a point to the curve; returns the training loss."""
+        if self.trainer is None or self.error:
+            return np.nan
+        try:
+            if steps:
+                self.step_seconds += self.trainer.train(steps).seconds
+            losses = self.trainer.evaluate()
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            return np.nan
+        seconds = round(sum(self.step_seconds), 3)
+        point = {"epoch": epoch, "steps": len(self.step_seconds), "seconds": seconds}
+        self.curve.append({**point, **losses})
+        if not np.isfinite(losses["train_loss"]):
+            self.error = f"The loss is {losses['train_loss']} after epoch {epoch}."
+        return losses["train_loss"]
 
-def start(
-    name: str, model: nn.Module, params: Any, batch: jax.Array, total_steps: int
-) -> Run:
-    """Makes the optimizer and compiles its step."""
-    tx = CONTESTANTS[name].make(total_steps)
-    needs_intermediates = name.startswith("locoprop")
-
-    def loss_fn(params, images):
-        return reconstruction_loss(model, params, images)
-
-    def step(params, opt_state, images):
-        if needs_intermediates:
-            loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(
-                params, images
-            )
-            updates, opt_state = tx.update(
-                grads, opt_state, params, intermediates=intermediates
-            )
-        else:
-            loss, grads = jax.value_and_grad(loss_fn)(params, images)
-            updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    opt_state = tx.init(params)
-    began = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    compiled = jitted.lower(params, opt_state, batch).compile()
-    own_params = jax.tree.map(jnp.copy, params)
-    return Run(name, compiled, own_params, opt_state, time.perf_counter() - began)
+    def result(self) -> dict[str, Any]:
+        """All of it in one dictionary."""
+        described = self.trainer.described() if self.trainer else {}
+        steps = self.step_seconds
+        return {
+            "optimizer": self.name,
+            "curve": self.curve,
+            "median_step_seconds": float(np.median(steps)) if steps else None,
+            **described,
+            **({"error": self.error} if self.error else {}),
+        }
 
 
 def train(
-    model: nn.Module,
-    images: datasets.Images,
+    task: Task,
     names: Sequence[str],
     *,
     epochs: int,
-    batch_size: int,
-    seed: int,
-) -> list[Run]:
-    """Trains with each optimizer, epoch by epoch in turns, showing progress.
+    settings: Mapping[str, Mapping[str, Any]],
+    interpreters: Mapping[str, Path],
+) -> list[dict[str, Any]]:
+    """Trains with each optimizer, epoch by epoch in turns; returns their results.
 
-    Raises:
-      ValueError: if there are fewer images than one batch holds.
+    Args:
+      task: what to train on.
+      names: keys of `CONTESTANTS`.
+      epochs: into how many parts the task's steps are cut.
+      settings: by name; a contestant's defaults where there are none.
+      interpreters: of the peers' environments, by script.
     """
-    batches = len(images.train) // batch_size
-    if batches < 1:
-        raise ValueError(f"{len(images.train)} images make no batch of {batch_size}.")
-    train_images, test_images = jnp.asarray(images.train), jnp.asarray(images.test)
-    params = model.init(jax.random.key(seed), train_images[:1])["params"]
-    rng = np.random.default_rng(seed)
-    evaluate = _evaluator(model, batch_size)
-    with Progress() as progress:
+    steps = len(task.order)
+    with Progress() as progress, ExitStack() as stack:
         runs = []
         for name in names:
             compiling = progress.add_task(f"{name}: compiling", total=None)
-            first = train_images[:batch_size]
-            runs.append(start(name, model, params, first, epochs * batches))
+            try:
+                started = start(name, task, settings.get(name), interpreters)
+                runs.append(Run(name, stack.enter_context(started)))
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+                runs.append(Run(name, None, error=message))
             progress.remove_task(compiling)
-        bars = {n: progress.add_task(n, total=epochs * batches) for n in names}
+        bars = {n: progress.add_task(n, total=epochs) for n in names}
         for run in runs:
-            _record(run, 0, evaluate, train_images, test_images)
+            run.advance(0, 0)
         for epoch in range(1, epochs + 1):
-            order = rng.permutation(len(images.train))[: batches * batch_size]
             for run in runs:
-                for rows in order.reshape(batches, batch_size):
-                    batch = jax.block_until_ready(train_images[rows])
-                    began = time.perf_counter()
-                    run.params, run.opt_state, loss = jax.block_until_ready(
-                        run.step(run.params, run.opt_state, batch)
-                    )
-                    run.step_seconds.append(time.perf_counter() - began)
-                    text = f"{run.name:<11} loss {loss:8.2f}"
-                    progress.update(bars[run.name], advance=1, description=text)
-                run.seconds = sum(run.step_seconds)
-                _record(run, epoch, evaluate, train_images, test_images)
-    return runs
-
-
-def _evaluator(model: nn.Module, batch_size: int) -> Any:
-    """The mean loss over any number of images, in batches."""
-    loss = jax.jit(lambda params, images: reconstruction_loss(model, params, images))
-
-    def evaluate(params, images):
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        losses = [float(loss(params, part)) for part in parts]
-        return float(np.average(losses, weights=[len(part) for part in parts]))
-
-    return evaluate
-
-
-def _record(run: Run, epoch: int, evaluate: Any, train: Any, test: Any) -> None:
-    run.curve.append(
-        {
-            "epoch": epoch,
-            "steps": len(run.step_seconds),
-            "seconds": round(run.seconds, 3),
-            "train_loss": evaluate(run.params, train),
-            "test_loss": evaluate(run.params, test),
-        }
-    )
-
-
-def results_of(
-    runs: Sequence[Run], settings: dict[str, Any], made: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One dictionary a run with every figure and how it was made."""
-    return [
-        {
-            "optimizer": run.name,
-            "settings": settings,
-            "curve": run.curve,
-            "median_step_seconds": float(np.median(run.step_seconds)),
-            "compile_seconds": round(run.compile_seconds, 2),
-            "made": made,
-        }
-        for run in runs
-    ]
+                loss = run.advance(steps // epochs, epoch)
+                text = f"{run.name:<11} loss {loss:8.2f}"
+                progress.update(bars[run.name], advance=1, description=text)
+        return [run.result() for run in runs]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -197,9 +121,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", choices=datasets.NAMES, default="curves", help="the images")
-    add("--data-dir", type=Path, help="the folder with IDX files, plain or gzip")
-    add("--train-size", type=int, help="how many training images; all if not given")
+    add_task_arguments(parser)
     add(
         "--optimizers",
         nargs="+",
@@ -208,11 +130,51 @@ def parser() -> argparse.ArgumentParser:
         help="the optimizers to compare",
     )
     add("--epochs", type=int, default=10, help="passes over the training images")
-    add("--batch-size", type=int, default=1000, help="images a step")
-    add("--width", type=float, default=1.0, help="multiplies the hidden widths")
-    add("--seed", type=int, default=0, help="of the weights and the batches")
-    add("--output", type=Path, default=Path("out"), help="the folder for results")
+    add("--seeds", nargs="+", type=int, default=[0], help="of weights and batches")
+    add("--resume", action="store_true", help="keep and skip what was written before")
+    add("--settings", type=Path, help="what `benchmarks.tune` found; else defaults")
     return parser
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says on what and in which environments to train."""
+    add = parser.add_argument
+    add("--data", choices=datasets.NAMES, default="curves", help="the images")
+    add("--data-dir", type=Path, help="the folder with IDX files, plain or gzip")
+    add("--train-size", type=int, help="how many training images; all if not given")
+    add("--network", choices=NETWORKS, default="paper", help="the hidden layers")
+    add("--transfer", choices=TRANSFERS, default="tanh", help="between the layers")
+    add("--width", type=float, default=1.0, help="multiplies the hidden widths")
+    add("--batch-size", type=int, default=1000, help="images a step")
+    add(
+        "--peer",
+        type=lambda text: tuple(text.split("=", 1)),
+        action="append",
+        default=[],
+        metavar="SCRIPT=PYTHON",
+        help="a script of benchmarks/peers and its interpreter",
+    )
+    add("--output", type=Path, default=Path("out"), help="the folder for results")
+
+
+def model_of(options: argparse.Namespace) -> Autoencoder:
+    """The network that the command line names."""
+    hidden = tuple(round(w * options.width) for w in NETWORKS[options.network])
+    return Autoencoder(hidden, transfer=options.transfer)
+
+
+def interpreters_of(options: argparse.Namespace) -> dict[str, Path]:
+    """The interpreters of the peers, by script."""
+    return {script: Path(python) for script, python in options.peer}
+
+
+def stem_of(options: argparse.Namespace, prefix: str) -> Path:
+    """Where results go, without a suffix."""
+    parts = [prefix, options.data]
+    parts += [options.network] * (options.network != "paper")
+    parts += [options.transfer] * (options.transfer != "tanh")
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options.output / "_".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -220,31 +182,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     made = provenance()
     images = datasets.load(options.data, options.data_dir, options.train_size)
-    model = Autoencoder(tuple(round(w * options.width) for w in HIDDEN))
-    settings = {
+    model = model_of(options)
+    tuned = json.loads(options.settings.read_text()) if options.settings else {}
+    chosen = {name: found["settings"] for name, found in tuned.items()}
+    common = {
         "data": options.data,
         "train_images": len(images.train),
         "test_images": len(images.test),
         "hidden": list(model.hidden),
+        "transfer": model.transfer,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
-        "seed": options.seed,
     }
-    runs = train(
-        model,
-        images,
-        options.optimizers,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    results = results_of(runs, settings, made)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"autoencoder_{options.data}"
-    report.write_results(results, stem.with_suffix(".jsonl"))
+    path = stem_of(options, "autoencoder").with_suffix(".jsonl")
+    results = report.read_results(path) if options.resume and path.exists() else []
+    for seed in options.seeds:
+        done = {r["optimizer"] for r in results if r["settings"]["seed"] == seed}
+        steps = options.epochs * (len(images.train) // options.batch_size)
+        task = make_task(
+            model, images, steps=steps, batch_size=options.batch_size, seed=seed
+        )
+        found = train(
+            task,
+            [name for name in options.optimizers if name not in done],
+            epochs=options.epochs,
+            settings=chosen,
+            interpreters=interpreters_of(options),
+        )
+        for result in found:
+            tuned_to = chosen.get(result["optimizer"], {})
+            settings = {**common, "seed": seed, "tuned": tuned_to}
+            results.append({**result, "settings": settings, "made": made})
+        report.write_results(results, path)
     report.print_table(results)
-    report.plot_curves(results, stem.with_suffix(".png"))
-    print(f"Results: {stem}.jsonl\nPicture: {stem}.png")
+    report.plot_curves(results, path.with_suffix(".png"))
+    print(f"Results: {path}\nPicture: {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

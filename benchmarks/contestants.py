@@ -1,11 +1,38 @@
-"""The optimizers that the autoencoder benchmark compares, each with its settings."""
+"""The optimizers that the autoencoder benchmark compares, and where each is tuned.
 
-from collections.abc import Callable
-from typing import NamedTuple
+Every contestant is a function of the number of steps and of its settings. What is not
+tuned has its default here; a space says over what optuna draws the others.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import optax
+from optax import contrib
 
 import locoprop_optax as loco
+
+
+class Range(NamedTuple):
+    """Numbers between two, drawn evenly in their logarithm; which is tried first."""
+
+    low: float
+    high: float
+    first: float
+
+
+class Choice(NamedTuple):
+    """One of a few values; which is tried first."""
+
+    values: tuple[Any, ...]
+    first: Any
+
+
+Space = Mapping[str, Range | Choice]
+RATE = Range(1e-5, 1.0, 1e-3)
+EPS = Range(1e-10, 1e-3, 1e-8)
+MOMENTUM = Choice((0.8, 0.9, 0.95, 0.99), 0.9)
+DECAY = Choice((0.9, 0.99, 0.999), 0.99)
 
 
 class Contestant(NamedTuple):
@@ -13,11 +40,19 @@ class Contestant(NamedTuple):
 
     Attributes:
       label: what tables and pictures call it.
-      make: from the total number of steps to the optimizer.
+      make: from the total number of steps and settings to the optimizer, or for a peer
+        to the settings of its process.
+      space: what is tuned.
+      peer: the script in `benchmarks/peers` that runs it; None for an optimizer of this
+        process.
+      needs: what its update is given beside the gradient.
     """
 
     label: str
-    make: Callable[[int], optax.GradientTransformation]
+    make: Callable[..., Any]
+    space: Space
+    peer: str | None = None
+    needs: frozenset[Literal["intermediates", "functions", "value"]] = frozenset()
 
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
@@ -32,18 +67,200 @@ def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
     )
 
 
-CONTESTANTS = {
-    "adam": Contestant("Adam", lambda n: optax.adam(warmup_then_linear(1e-3, n))),
-    "locoprop_m": Contestant(
-        "locoprop_m (the paper's)",
-        lambda n: loco.locoprop_m(warmup_then_linear(1e-5, n)),
+def _scheduled(
+    optimizer: Callable[..., optax.GradientTransformation], **fixed: Any
+) -> Callable[..., optax.GradientTransformation]:
+    """The optimizer with the schedule, its other settings as optax names them."""
+
+    def make(steps: int, learning_rate: float = 1e-3, **settings: Any):
+        return optimizer(warmup_then_linear(learning_rate, steps), **fixed, **settings)
+
+    return make
+
+
+def _locoprop(
+    steps: int,
+    learning_rate: float = 0.1,
+    gamma: float = 0.05,
+    damping: float = 0.1,
+    num_steps: int = 2,
+    momentum: float = 0.9,
+) -> optax.GradientTransformation:
+    return loco.locoprop(
+        warmup_then_linear(learning_rate, steps),
+        target=loco.targets.normalized(gamma),
+        solver=loco.solvers.majorized_newton(num_steps, damping),
+        momentum=momentum,
+    )
+
+
+def _locoprop_and_model(
+    steps: int,
+    gamma: float = 0.5,
+    damping: float = 0.1,
+    num_steps: int = 1,
+    first_damping: float = 1.0,
+) -> optax.GradientTransformation:
+    del steps  # no rate, no schedule
+    return optax.chain(
+        loco.scale_by_locoprop(
+            target=loco.targets.normalized(gamma),
+            solver=loco.solvers.majorized_newton(num_steps, damping),
+        ),
+        loco.scale_by_quadratic_model(damping=first_damping, damping_decay=0.95),
+    )
+
+
+def _paper(
+    make: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    def scheduled(steps: int, learning_rate: float = 1e-5, **settings: Any):
+        return make(warmup_then_linear(learning_rate, steps), **settings)
+
+    return scheduled
+
+
+def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
+    return lambda steps, **settings: {**fixed, "total_steps": steps, **settings}
+
+
+INTERMEDIATES = frozenset({"intermediates"})
+PAPER: Space = {
+    "learning_rate": Range(1e-6, 1e-4, 1e-5),
+    "activation_learning_rate": Range(1.0, 100.0, 10.0),
+    "num_local_steps": Choice((5, 10, 20), 10),
+}
+BETAS: Space = {
+    "learning_rate": RATE,
+    "b1": MOMENTUM,
+    "b2": DECAY,
+    "eps": EPS,
+}
+
+CONTESTANTS: dict[str, Contestant] = {
+    "sgd": Contestant("SGD", _scheduled(optax.sgd), {"learning_rate": RATE}),
+    "momentum": Contestant(
+        "momentum",
+        _scheduled(optax.sgd),
+        {"learning_rate": RATE, "momentum": MOMENTUM},
+    ),
+    "nesterov": Contestant(
+        "Nesterov",
+        _scheduled(optax.sgd, nesterov=True),
+        {"learning_rate": RATE, "momentum": MOMENTUM},
+    ),
+    "adagrad": Contestant(
+        "AdaGrad",
+        _scheduled(optax.adagrad),
+        {"learning_rate": RATE, "eps": EPS},
+    ),
+    "rmsprop": Contestant(
+        "RMSProp",
+        _scheduled(optax.rmsprop),
+        {
+            "learning_rate": RATE,
+            "decay": DECAY,
+            "momentum": MOMENTUM,
+            "eps": EPS,
+        },
+    ),
+    "adam": Contestant("Adam", _scheduled(optax.adam), BETAS),
+    "adamw": Contestant(
+        "AdamW",
+        _scheduled(optax.adamw),
+        {**BETAS, "weight_decay": Range(1e-6, 1e-2, 1e-4)},
+    ),
+    "muon": Contestant(
+        "Muon",
+        _scheduled(contrib.muon),
+        {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM},
+    ),
+    "lbfgs": Contestant(
+        "L-BFGS",
+        lambda steps, memory_size=10: optax.lbfgs(memory_size=memory_size),
+        {"memory_size": Choice((5, 10, 20), 10)},
+        needs=frozenset({"value"}),
+    ),
+    "curveball": Contestant(
+        "CurveBall",
+        lambda steps, damping=1.0: loco.curveball(damping=damping),
+        {"damping": Range(0.1, 100.0, 1.0)},
+        needs=frozenset({"functions"}),
     ),
     "locoprop_s": Contestant(
-        "locoprop_s (the paper's)",
-        lambda n: loco.locoprop_s(warmup_then_linear(1e-5, n)),
+        "locoprop_s (the paper's)", _paper(loco.locoprop_s), PAPER, needs=INTERMEDIATES
+    ),
+    "locoprop_m": Contestant(
+        "locoprop_m (the paper's)", _paper(loco.locoprop_m), PAPER, needs=INTERMEDIATES
     ),
     "locoprop": Contestant(
         "locoprop (our defaults)",
-        lambda n: loco.locoprop(warmup_then_linear(0.1, n)),
+        _locoprop,
+        {
+            "learning_rate": Range(0.01, 1.0, 0.1),
+            "gamma": Range(0.01, 0.5, 0.05),
+            "damping": Range(0.01, 1.0, 0.1),
+            "num_steps": Choice((1, 2, 3), 2),
+            "momentum": MOMENTUM,
+        },
+        needs=INTERMEDIATES,
+    ),
+    "locoprop_quadratic": Contestant(
+        "locoprop, quadratic model",
+        _locoprop_and_model,
+        {
+            "gamma": Range(0.05, 2.0, 0.5),
+            "damping": Range(0.01, 1.0, 0.1),
+            "num_steps": Choice((1, 2), 1),
+            "first_damping": Range(0.1, 100.0, 1.0),
+        },
+        needs=frozenset({"intermediates", "functions"}),
+    ),
+    "kfac": Contestant(
+        "K-FAC, adaptive",
+        _to_peer(adaptive=True),
+        {"damping": Range(1.0, 1000.0, 150.0)},
+        peer="kfac",
+    ),
+    "kfac_fixed": Contestant(
+        "K-FAC, fixed",
+        _to_peer(adaptive=False),
+        {
+            "learning_rate": Range(1e-4, 1.0, 0.01),
+            "momentum": MOMENTUM,
+            "damping": Range(1e-3, 100.0, 0.1),
+        },
+        peer="kfac",
+    ),
+    "shampoo": Contestant(
+        "Shampoo",
+        _to_peer(optimizer="shampoo", preconditioning_compute_steps=10),
+        {
+            "learning_rate": RATE,
+            "start_preconditioning_step": Choice((5, 25), 5),
+            "graft_type": Choice((0, 1, 2, 3), 1),
+            "matrix_eps": EPS,
+        },
+        peer="torch_optimizers",
+    ),
+    "soap": Contestant(
+        "SOAP",
+        _to_peer(optimizer="soap", weight_decay=0.0),
+        {
+            "learning_rate": RATE,
+            "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
+            "eps": EPS,
+        },
+        peer="torch_optimizers",
+    ),
+    "torch_locoprop": Contestant(
+        "PyTorch's locoprop",
+        _to_peer(),
+        {
+            "learning_rate": Range(1e-6, 1e-4, 1e-5),
+            "activation_learning_rate": Range(1.0, 100.0, 10.0),
+            "correction": Choice((0.0, 0.1), 0.1),
+        },
+        peer="torch_locoprop",
     ),
 }

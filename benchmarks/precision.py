@@ -18,7 +18,9 @@ from rich.table import Table
 import locoprop_optax as loco
 from benchmarks import autoencoder, datasets, report
 from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
+from benchmarks.network import HIDDEN, Autoencoder
 from benchmarks.provenance import provenance
+from benchmarks.training import make_task
 
 BFLOAT16 = "BF16_BF16_F32"
 MAKERS = {"locoprop": (loco.locoprop, 0.1), "locoprop_m": (loco.locoprop_m, 1e-5)}
@@ -55,15 +57,13 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
                 lambda n, make=make, rate=rate, precision=precision: make(
                     warmup_then_linear(rate, n), precision=precision
                 ),
+                needs=frozenset({"intermediates"}),
             )
             names.append(key)
     images = datasets.load(options.data, options.data_dir, options.train_size)
-    model = autoencoder.Autoencoder(
-        tuple(round(w * options.width) for w in autoencoder.HIDDEN)
-    )
-    runs = autoencoder.train(
-        model, images, names, epochs=options.epochs, batch_size=1000, seed=0
-    )
+    model = Autoencoder(tuple(round(w * options.width) for w in HIDDEN))
+    steps = options.epochs * (len(images.train) // 1000)
+    task = make_task(model, images, steps=steps, batch_size=1000, seed=0)
     settings = {
         "data": options.data,
         "train_images": len(images.train),
@@ -71,7 +71,11 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
         "batch_size": 1000,
         "hidden": list(model.hidden),
     }
-    return autoencoder.results_of(runs, settings, provenance())
+    made = provenance()
+    results = autoencoder.train(
+        task, names, epochs=options.epochs, settings={}, interpreters={}
+    )
+    return [{**result, "settings": settings, "made": made} for result in results]
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

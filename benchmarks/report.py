@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
+
+Results = Sequence[dict[str, Any]]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -23,7 +26,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
+def write_results(results: Results, path: Path) -> None:
     """Writes results that `read_results` reads."""
     path.write_text("".join(json.dumps(result) + "\n" for result in results))
 
@@ -31,29 +34,54 @@ def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
 COLUMNS = ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam")
 
 
-def title(results: Sequence[dict[str, Any]]) -> str:
+def title(results: Results) -> str:
     """What was trained on what."""
     settings = results[0]["settings"]
+    seeds = len({result["settings"].get("seed", 0) for result in results})
     return (
         f"{settings['data']}, {settings['train_images']} images, "
         f"batch {settings['batch_size']}, {settings['epochs']} epochs"
+        + (f", {seeds} seeds" if seeds > 1 else "")
     )
 
 
-def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Each optimizer's label and `COLUMNS`; times also relative to Adam's."""
-    step_seconds = {r["optimizer"]: r["median_step_seconds"] for r in results}
-    adam = step_seconds.get("adam")
+def by_optimizer(results: Results) -> dict[str, Results]:
+    """The results of all seeds, by optimizer."""
+    names = dict.fromkeys(result["optimizer"] for result in results)
+    return {n: [r for r in results if r["optimizer"] == n] for n in names}
+
+
+def label(name: str) -> str:
+    """What an optimizer is called."""
+    return CONTESTANTS[name].label if name in CONTESTANTS else name
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """Each optimizer's label and `COLUMNS`, or why it failed.
+
+    Over several seeds losses are means, ranges behind them, and times are medians.
+    """
+    groups = by_optimizer(results)
+
+    def step_seconds(name):
+        return float(np.median([r["median_step_seconds"] for r in groups[name]]))
+
+    adam = step_seconds("adam") if "adam" in groups else None
     table = []
-    for result in results:
-        last, step = result["curve"][-1], step_seconds[result["optimizer"]]
+    for name, runs in groups.items():
+        errors = [run["error"] for run in runs if "error" in run]
+        if errors:
+            failed = f"{len(errors)} of {len(runs)} failed: {errors[0]}"
+            table.append((label(name), failed, *[""] * (len(COLUMNS) - 1)))
+            continue
+        last, step = [run["curve"][-1] for run in runs], step_seconds(name)
         table.append(
             (
-                CONTESTANTS[result["optimizer"]].label,
-                f"{last['train_loss']:.2f}",
-                f"{last['test_loss']:.2f}",
-                str(last["steps"]),
-                f"{last['seconds']:.1f}",
+                label(name),
+                _mean_and_range([point["train_loss"] for point in last]),
+                _mean_and_range([point["test_loss"] for point in last]),
+                str(last[0]["steps"]),
+                f"{np.median([point['seconds'] for point in last]):.1f}",
                 f"{step:.3f}",
                 f"{step / adam:.2f}" if adam else "–",
             )
@@ -61,7 +89,14 @@ def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return table
 
 
-def print_table(results: Sequence[dict[str, Any]]) -> None:
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def print_table(results: Results) -> None:
     """Shows the results in the terminal."""
     table = Table("optimizer", title=f"Deep autoencoder on {title(results)}")
     for column in COLUMNS:
@@ -71,31 +106,71 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
+def markdown(results: Results) -> str:
     """The same table as the README shows it."""
     lines = [(title(results), *COLUMNS), ("---", *["---:"] * len(COLUMNS))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows(results)])
 
 
-def plot_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the loss against epochs and against seconds, side by side."""
+def milestones(results: Results) -> str:
+    """Mean training losses at equal epochs and at equal seconds, in Markdown.
+
+    The seconds are shares of what the median optimizer took for all epochs.
+    """
+    groups = {
+        n: g for n, g in by_optimizer(results).items() if all(r["curve"] for r in g)
+    }
+    total = max(point["epoch"] for r in results for point in r["curve"])
+    epochs = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
+    ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in g]
+    seconds = [float(f"{np.median(ends) * share:.1g}") for share in (0.25, 0.5, 1.0)]
+
+    def reached(run, key, limit):
+        points = [p for p in run["curve"] if p[key] <= limit]
+        return points[-1]["train_loss"]
+
+    header = [f"epoch {e}" for e in epochs] + [f"{s:g} s" for s in seconds]
+    extra = ["state / parameters", "compile, s"]
+    lines = [("training loss", *header, *extra), ("---", *["---:"] * (len(header) + 2))]
+    for name, runs in groups.items():
+        marks = [("epoch", e) for e in epochs] + [("seconds", s) for s in seconds]
+        means = [np.mean([reached(r, key, at) for r in runs]) for key, at in marks]
+        state, compiled = (runs[0].get(k) for k in ("state_size", "compile_seconds"))
+        lines.append(
+            (
+                label(name),
+                *(f"{mean:.1f}" for mean in means),
+                "–" if state is None else f"{state:.1f}",
+                "–" if compiled is None else f"{compiled:.1f}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Draws the loss against epochs and against seconds, means over seeds."""
+    groups = {n: [r for r in g if r["curve"]] for n, g in by_optimizer(results).items()}
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, key in ((left, "epoch"), (right, "seconds")):
-            for i, result in enumerate(results):
-                curve, color = result["curve"], f"C{i}"
-                at = [point[key] for point in curve]
-                label = CONTESTANTS[result["optimizer"]].label
-                train = [point["train_loss"] for point in curve]
-                axes.plot(at, train, color=color, label=label)
-                test = [point["test_loss"] for point in curve]
-                axes.plot(at, test, color=color, linestyle=":", alpha=0.8)
+            for i, (name, runs) in enumerate((n, g) for n, g in groups.items() if g):
+                shared = min(len(run["curve"]) for run in runs)
+
+                def mean(figure, runs=runs, shared=shared):
+                    curves = [[p[figure] for p in r["curve"][:shared]] for r in runs]
+                    return np.mean(curves, axis=0)
+
+                style = {"color": f"C{i % 10}"}
+                dashes = "-" if i < 10 else "--"
+                train, test = mean("train_loss"), mean("test_loss")
+                axes.plot(mean(key), train, dashes, label=label(name), **style)
+                axes.plot(mean(key), test, ":", alpha=0.8, **style)
             axes.set_xlabel(f"{key}s" if key == "epoch" else "seconds of training")
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
-        left.set_ylabel("loss (solid: training, dotted: test)")
-        left.legend(frameon=False)
+        left.set_ylabel("loss (dotted: test)")
+        left.legend(frameon=False, fontsize=8 if len(groups) < 6 else 5)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"Deep autoencoder: {title(results)}; {where}", fontsize=10)
@@ -109,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = parser.parse_args(arguments).results
     results = read_results(path)
     print_table(results)
-    print(markdown(results))
+    print(markdown(results), milestones(results), sep="\n\n")
     plot_curves(results, path.with_suffix(".png"))
 
 

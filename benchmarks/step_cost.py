@@ -21,18 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from optax import contrib
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import locoprop_optax as loco
-from benchmarks.autoencoder import HIDDEN, Autoencoder, reconstruction_loss
 from benchmarks.ceilings import ceilings, launches
-from benchmarks.operations import operations, unit_of
+from benchmarks.network import HIDDEN, Autoencoder, reconstruction_loss
+from benchmarks.operations import operations
 from benchmarks.peer import start
 from benchmarks.provenance import provenance
+from benchmarks.step_report import show
 
 PIXELS = 784
 PEER_SETTINGS = {
@@ -230,27 +228,6 @@ def beside_peer(
     return results
 
 
-def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Name, operations in units, XLA's count over ours, time over Adam's."""
-    found, by_xla = results["found"], results["by_xla"]
-    unit = unit_of(results["widths"], results["batch"])
-    table = []
-    for name, result in found.items():
-        count = sum(result.get("operations", {}).values())
-        table.append(
-            (
-                name,
-                f"{count / unit:.2f}" if count else "–",
-                f"{by_xla[name] / count:.3f}" if name in by_xla else "–",
-                f"{result['seconds'] / found['adam']['seconds']:.2f}",
-            )
-        )
-    return table
-
-
-COLUMNS = ("step", "operations, units", "XLA's count / ours", "× Adam's time")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, writes the results, and shows tables and a picture of them."""
     parser = argparse.ArgumentParser(
@@ -331,43 +308,6 @@ def growth(width: float, batch: int) -> list[dict[str, Any]]:
         found = measure(widths, chosen["batch"], chosen["steps"], 3, variants)
         results.append({"axis": next(iter(changed)), **chosen, "found": found})
     return results
-
-
-def show(results: dict[str, Any], path: Path) -> None:
-    """The tables, and a picture of the growth."""
-    table = Table(*COLUMNS)
-    for row in rows(results):
-        table.add_row(*row)
-    Console().print(table)
-    for result in results["peers"]:
-        taken, name = result["seconds"], result["peer"]
-        relative = ", ".join(
-            f"{taken[name] / taken[variant]:.2f} times {variant}'s"
-            for variant in taken
-            if variant != name
-        )
-        losses = ", ".join(f"{v} {x[-1]:.1f}" for v, x in result["losses"].items())
-        Console().print(
-            f"{name} {result['settings']}: a step takes {relative}; {losses}"
-        )
-    axes_names = list(dict.fromkeys(r["axis"] for r in results.get("growth", ())))
-    if not axes_names:
-        return
-    figure = Figure(figsize=(4 * len(axes_names), 3.4), layout="constrained")
-    rate = sum(results["found"]["adam"]["operations"].values())
-    rate /= results["found"]["adam"]["seconds"]
-    for axes, name in zip(figure.subplots(1, len(axes_names)), axes_names, strict=True):
-        chosen = [r for r in results["growth"] if r["axis"] == name]
-        at = [r[name] for r in chosen]
-        counted = [v for v, f in chosen[0]["found"].items() if "operations" in f]
-        for i, variant in enumerate(counted):
-            parts = [r["found"][variant] for r in chosen]
-            axes.plot(at, [p["seconds"] for p in parts], f"C{i}o-", label=variant)
-            predicted = [sum(p["operations"].values()) / rate for p in parts]
-            axes.plot(at, predicted, f"C{i}:")
-        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds a step")
-    figure.axes[0].legend(frameon=False, fontsize=7, title="dotted: at Adam's rate")
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Its environment holds kfac-jax 0.0.8, jax 0.9.1, flax 0.12.6 and numpy; the release does
 not run with jax 0.10. Settings: `adaptive` (step size, momentum and damping by the
-quadratic model, as its authors advise; default true), else `learning_rate` and
-`momentum`; `damping`, the first or the fixed one; `inverse_update_period`.
+quadratic model, as its authors advise; default true), else `learning_rate`, warmed up
+and decayed over `total_steps`, and `momentum`; `damping`, the first or the fixed one;
+`inverse_update_period`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import kfac_jax
 import numpy as np
-from protocol import CODE, LAYERS, Trainer, serve
+from protocol import Trainer, layers_of, rate_at, serve
 
 
 def logits_of(params: Any, images: jax.Array) -> jax.Array:
@@ -21,7 +22,7 @@ def logits_of(params: Any, images: jax.Array) -> jax.Array:
     x = images
     for i, (kernel, bias) in enumerate(params):
         x = x @ kernel + bias
-        if i not in (CODE, LAYERS - 1):
+        if i not in (len(params) // 2 - 1, len(params) - 1):
             x = jnp.tanh(x)
     return x
 
@@ -48,15 +49,19 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
         inverse_update_period=settings.get("inverse_update_period", 5),
         num_burnin_steps=0,
     )
-    fixed = {
-        "learning_rate": settings.get("learning_rate", 0.1),
-        "momentum": settings.get("momentum", 0.9),
-        "damping": damping,
-    }
-    given = {} if adaptive else {name: jnp.asarray(v) for name, v in fixed.items()}
+
+    def given(count: int) -> dict[str, jax.Array]:
+        if adaptive:
+            return {}
+        rate = settings.get("learning_rate", 0.1)
+        rate *= rate_at(count, settings.get("total_steps"))
+        fixed = (rate, settings.get("momentum", 0.9), damping)
+        names = ("learning_rate", "momentum", "damping")
+        return dict(zip(names, map(jnp.asarray, fixed), strict=True))
+
     params = [
         (jnp.asarray(arrays[f"kernel_{i}"]), jnp.asarray(arrays[f"bias_{i}"]))
-        for i in range(LAYERS)
+        for i in range(layers_of(arrays)[0])
     ]
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     first = jnp.asarray(arrays["train"][arrays["order"][0]])
@@ -71,7 +76,7 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
             jax.random.fold_in(key, held["count"]),
             batch=jnp.asarray(images),
             global_step_int=held["count"],
-            **given,
+            **given(held["count"]),
         )
         held["count"] += 1
         jax.block_until_ready(held["params"])

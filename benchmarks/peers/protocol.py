@@ -21,8 +21,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LAYERS = 8
-CODE = 3
+
+def layers_of(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """The number of layers, and which of them is the code."""
+    count = sum(name.startswith("kernel_") for name in arrays)
+    return count, count // 2 - 1
+
+
+def rate_at(step: int, total: int | None) -> float:
+    """The share of the learning rate in a step: warm-up over 5 %, decay to zero."""
+    if total is None:
+        return 1.0
+    warmup = max(1, round(0.05 * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, 1 - (step - warmup) / max(1, total - warmup))
 
 
 class Trainer(NamedTuple):

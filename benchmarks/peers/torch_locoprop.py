@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from locoprop import LocoLayer, LocopropTrainer
-from protocol import CODE, LAYERS, Trainer, serve
+from protocol import Trainer, layers_of, serve
 from torch import nn
 
 RMSPROP = {"lr": 1e-5, "alpha": 0.9, "momentum": 0.999, "eps": 1e-5}
@@ -42,16 +42,17 @@ def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
       weights: `kernel_i` of shape (inputs, outputs) and `bias_i` of each layer.
     """
     model = nn.Sequential()
-    for i in range(LAYERS):
+    layers, code = layers_of(weights)
+    for i in range(layers):
         kernel = torch.from_numpy(weights[f"kernel_{i}"])
         linear = nn.Linear(*kernel.shape)
         with torch.no_grad():
             linear.weight.copy_(kernel.T)
             linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
-        if i == LAYERS - 1:
+        if i == layers - 1:
             model.append(LocoLayer(linear, nn.Sigmoid(), implicit=True))
         else:
-            model.append(LocoLayer(linear, nn.Identity() if i == CODE else nn.Tanh()))
+            model.append(LocoLayer(linear, nn.Identity() if i == code else nn.Tanh()))
     return model
 
 

@@ -22,3 +22,22 @@ def test_the_command_shows_a_table_and_draws_a_picture(tmp_path, capsys):
     report.main([str(copy)])
     assert "locoprop_m" in capsys.readouterr().out
     assert copy.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
+    def run(name, seconds, losses):
+        points = zip(range(5), losses, strict=True)
+        curve = [
+            {"epoch": e, "seconds": e * seconds, "train_loss": x} for e, x in points
+        ]
+        return {"optimizer": name, "curve": curve, "state_size": 2.0}
+
+    slow = run("locoprop", 10.0, [9, 4, 3, 2, 1])
+    fast = [run("adam", 2.5, [9, 8 + d, 7 + d, 6 + d, 5 + d]) for d in (-1, 1)]
+    table = report.milestones([slow, *fast]).splitlines()
+    assert table[0].split(" | ")[1:7] == [
+        *("epoch 1", "epoch 2", "epoch 4"),
+        *("2 s", "5 s", "10 s"),
+    ]
+    assert table[2].split(" | ")[1:7] == ["4.0", "3.0", "1.0", "9.0", "9.0", "4.0"]
+    assert table[3].split(" | ")[1:7] == ["8.0", "7.0", "5.0", "9.0", "7.0", "5.0"]

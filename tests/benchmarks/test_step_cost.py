@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import ceilings, operations, step_cost
+from benchmarks import (
+    ceilings,
+    compile_cost,
+    operations,
+    precision,
+    report,
+    step_cost,
+    step_report,
+)
 
 ROOT = Path(__file__).parents[2]
 WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
@@ -37,10 +45,21 @@ def test_parameters_and_state_are_donated(variant):
     assert memory.alias_size_in_bytes >= 0.99 * held
 
 
-def test_the_table_of_the_page_is_the_committed_result():
+@pytest.mark.parametrize("table", ["rows", "peer_rows", "growth_rows"])
+def test_the_tables_of_the_page_are_the_committed_results(table):
     results = json.loads((ROOT / "benchmarks/results/step_cost.json").read_text())
     page = (ROOT / "docs/cost.md").read_text()
-    for row in step_cost.rows(results):
+    for row in getattr(step_report, table)(results):
+        assert f"| {' | '.join(row)} |" in page
+
+
+@pytest.mark.parametrize("module", [compile_cost, precision])
+def test_other_tables_of_the_page_are_the_committed_results(module):
+    name = module.__name__.split(".")[-1]
+    results = report.read_results(ROOT / f"benchmarks/results/{name}.jsonl")
+    page = (ROOT / "docs/cost.md").read_text()
+    tables = [results] if module is precision else results
+    for row in (row for table in tables for row in module.rows(table)):
         assert f"| {' | '.join(row)} |" in page
 
 

@@ -1,0 +1,93 @@
+"""SOAP and Shampoo of `pytorch-optimizer` on the deep autoencoder.
+
+The environment holds torch, pytorch-optimizer and numpy. Settings: `optimizer`, "soap"
+or "shampoo"; `learning_rate`, with `total_steps` warmed up over 5 % of them and then
+decayed to zero; all others go to the optimizer as they are. "shampoo" is the package's
+`ScalableShampoo`, whose step is grafted onto that of another optimizer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytorch_optimizer
+import torch
+from protocol import Trainer, layers_of, rate_at, serve
+from torch import nn
+
+OPTIMIZERS = {
+    "soap": pytorch_optimizer.SOAP,
+    "shampoo": pytorch_optimizer.ScalableShampoo,
+}
+
+
+def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
+    """Tanh between dense layers, but for a linear code, to logits."""
+    model = nn.Sequential()
+    layers, code = layers_of(weights)
+    for i in range(layers):
+        kernel = torch.from_numpy(weights[f"kernel_{i}"])
+        linear = nn.Linear(*kernel.shape)
+        with torch.no_grad():
+            linear.weight.copy_(kernel.T)
+            linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
+        model.append(linear)
+        if i not in (code, layers - 1):
+            model.append(nn.Tanh())
+    return model
+
+
+def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Sigmoid cross-entropy, summed over pixels and averaged over images."""
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        logits, images, reduction="sum"
+    )
+    return losses / len(images)
+
+
+def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+    """The model, and the optimizer with these settings."""
+    torch.set_num_threads(2)
+    model = autoencoder(arrays)
+    options = dict(settings)
+    total = options.pop("total_steps", None)
+    optimizer = OPTIMIZERS[options.pop("optimizer")](
+        model.parameters(), lr=options.pop("learning_rate"), **options
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_at(step, total)
+    )
+    size = sum(p.numel() for p in model.parameters())
+
+    def step(images: np.ndarray) -> float:
+        optimizer.zero_grad()
+        batch = torch.from_numpy(images)
+        loss = reconstruction_loss(model(batch), batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.item()
+
+    def loss(images: np.ndarray) -> float:
+        batch = torch.from_numpy(images)
+        with torch.no_grad():
+            return reconstruction_loss(model(batch), batch).item()
+
+    return Trainer(step, loss, lambda: numbers(optimizer.state) / size)
+
+
+def numbers(held: Any) -> int:
+    """How many numbers a state holds, in whatever it is nested."""
+    if isinstance(held, torch.Tensor):
+        return held.numel()
+    if isinstance(held, Mapping):
+        return sum(numbers(value) for value in held.values())
+    if isinstance(held, list | tuple):
+        return sum(numbers(value) for value in held)
+    return (
+        sum(numbers(v) for v in vars(held).values()) if hasattr(held, "__dict__") else 0
+    )
+
+
+if __name__ == "__main__":
+    serve(make, ("torch", "pytorch-optimizer"))

@@ -1,0 +1,135 @@
+"""Tunes every contestant of the autoencoder benchmark alike, with optuna.
+
+Each gets the same number of trials and of steps, over the space that
+`benchmarks.contestants` gives it, where the first trial stands, too. The training loss
+at the end decides. Trials are kept in an SQLite file, so that the same
+command resumes after a kill.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optuna
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import datasets
+from benchmarks.autoencoder import (
+    add_task_arguments,
+    interpreters_of,
+    model_of,
+    stem_of,
+)
+from benchmarks.contestants import CONTESTANTS, Choice, Space
+from benchmarks.provenance import provenance
+from benchmarks.training import Task, make_task, start
+
+
+def draw(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """One setting of each number in a space."""
+    drawn = {}
+    for name, range_ in space.items():
+        if isinstance(range_, Choice):
+            drawn[name] = trial.suggest_categorical(name, range_.values)
+        else:
+            low, high, _ = range_
+            drawn[name] = trial.suggest_float(name, low, high, log=True)
+    return drawn
+
+
+def loss_after(
+    name: str, task: Task, settings: dict[str, Any], interpreters: Any
+) -> float:
+    """The training loss at the end of a task; infinite if it is not finite."""
+    quarter = math.ceil(len(task.order) / 4)
+    with start(name, task, settings, interpreters) as trainer:
+        for _ in range(4):
+            if not np.all(np.isfinite(trainer.train(quarter).losses)):
+                return math.inf
+        loss = trainer.evaluate()["train_loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tunes, and writes the best settings of each contestant."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_task_arguments(parser)
+    add = parser.add_argument
+    add("--optimizers", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    add("--trials", type=int, default=15, help="of each optimizer")
+    add("--steps", type=int, default=60, help="of each trial")
+    options = parser.parse_args(arguments)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    made = provenance()
+    images = datasets.load(options.data, options.data_dir, options.train_size)
+    task = make_task(
+        model_of(options),
+        images,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=1000,  # none of those that the benchmark reports
+    )
+    stem = stem_of(options, "tuned")
+    chosen = {}
+    with Progress() as progress:
+        for name in options.optimizers:
+            study = optuna.create_study(
+                storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
+                study_name=name,
+                sampler=optuna.samplers.TPESampler(seed=0),
+                load_if_exists=True,
+            )
+            if not study.trials:
+                space = CONTESTANTS[name].space
+                study.enqueue_trial(
+                    {key: range_.first for key, range_ in space.items()}
+                )
+            finished = [t for t in study.trials if t.state.is_finished()]
+            left = max(0, options.trials - len(finished))
+            bar = progress.add_task(name, total=options.trials, completed=len(finished))
+
+            def objective(trial, name=name, bar=bar):
+                settings = draw(trial, CONTESTANTS[name].space)
+                try:
+                    return loss_after(name, task, settings, interpreters_of(options))
+                except (RuntimeError, ValueError) as error:
+                    trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+                    return math.inf
+                finally:
+                    jax.clear_caches()
+                    progress.update(bar, advance=1)
+
+            study.optimize(objective, n_trials=left)
+            errors = [t.user_attrs["error"] for t in study.trials if t.user_attrs]
+            failed = sum(not math.isfinite(t.value or math.inf) for t in study.trials)
+            chosen[name] = {
+                "settings": study.best_params,
+                "train_loss": study.best_value,
+                "failed_trials": failed,
+                **({"error": errors[-1]} if errors else {}),
+                "trials": options.trials,
+                "steps": options.steps,
+                "made": made,
+            }
+            stem.with_suffix(".json").write_text(json.dumps(chosen, indent=1) + "\n")
+    table = Table("optimizer", "training loss", "failed", "settings")
+    for name, found in chosen.items():
+        settings = ", ".join(f"{k} {v:.3g}" for k, v in found["settings"].items())
+        loss, failed = f"{found['train_loss']:.2f}", str(found["failed_trials"])
+        table.add_row(CONTESTANTS[name].label, loss, failed, settings)
+    Console().print(table)
+    print(f"Settings: {stem}.json")
+
+
+if __name__ == "__main__":
+    main()

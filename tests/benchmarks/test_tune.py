@@ -1,0 +1,87 @@
+import json
+import math
+
+import numpy as np
+import optuna
+import pytest
+
+from benchmarks import autoencoder, report, tune
+from benchmarks.contestants import CONTESTANTS, Choice
+from benchmarks.network import Autoencoder
+from benchmarks.training import make_task, start
+
+SMALL = ["--train-size", "40", "--batch-size", "20", "--width", "0.01", "--steps", "4"]
+
+
+def small_task(steps=3):
+    rng = np.random.default_rng(0)
+    images = [rng.uniform(size=(n, 784)).astype(np.float32) for n in (40, 10)]
+    model = Autoencoder((8, 4, 8))
+    return make_task(
+        model, tune.datasets.Images(*images), steps=steps, batch_size=20, seed=0
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.peer is None])
+def test_every_contestant_of_this_process_trains(name):
+    space = CONTESTANTS[name].space
+    settings = {key: range_.first for key, range_ in space.items()}
+    with start(name, small_task(), settings) as trainer:
+        before = trainer.evaluate()
+        trained = trainer.train(3)
+        after = trainer.evaluate()
+    assert len(trained.seconds) == len(trained.losses) == 3
+    assert np.all(np.isfinite(trained.losses))
+    assert after != before
+    assert trainer.described()["state_size"] >= 0
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.peer])
+def test_a_peer_needs_an_interpreter(name):
+    with (
+        pytest.raises(ValueError, match=f"--peer {CONTESTANTS[name].peer}=PYTHON"),
+        start(name, small_task()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_what_is_tried_first_lies_in_the_space(name):
+    for range_ in CONTESTANTS[name].space.values():
+        if isinstance(range_, Choice):
+            assert range_.first in range_.values
+        else:
+            assert 0 < range_.low <= range_.first <= range_.high
+
+
+def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
+    options = [*SMALL, "--optimizers", "sgd", "locoprop", "--output", str(tmp_path)]
+    tune.main([*options, "--trials", "2"])
+    tune.main([*options, "--trials", "3"])
+    storage = f"sqlite:///{tmp_path / 'tuned_curves.sqlite'}"
+    study = optuna.load_study(study_name="sgd", storage=storage)
+    assert len(study.trials) == 3
+    assert study.trials[0].params == {"learning_rate": 1e-3}
+    chosen = json.loads((tmp_path / "tuned_curves.json").read_text())
+    assert chosen["sgd"]["settings"] == study.best_params
+    assert math.isfinite(chosen["locoprop"]["train_loss"])
+
+    settings = ["--settings", str(tmp_path / "tuned_curves.json")]
+    options = [o for o in options if o not in ("--steps", "4")]
+    options += ["--epochs", "1", *settings]
+    autoencoder.main([*options, "--seeds", "0"])
+    autoencoder.main([*options, "--seeds", "0", "1", "--resume"])
+    results = report.read_results(tmp_path / "autoencoder_curves.jsonl")
+    assert [r["settings"]["seed"] for r in results] == [0, 0, 1, 1]
+    assert results[0]["settings"]["tuned"] == study.best_params
+    assert "2 seeds" in capsys.readouterr().out
+
+
+def test_a_contestant_that_fails_is_listed_with_its_error(tmp_path):
+    options = [o for o in SMALL if o not in ("--steps", "4")]
+    options += ["--optimizers", "adam", "kfac", "--epochs", "1"]
+    autoencoder.main([*options, "--output", str(tmp_path)])
+    results = report.read_results(tmp_path / "autoencoder_curves.jsonl")
+    assert "error" not in results[0]
+    assert "--peer kfac=PYTHON" in results[1]["error"]
+    assert "1 of 1 failed" in report.rows(results)[1][1]
