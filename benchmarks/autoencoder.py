@@ -159,7 +159,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_of(options: argparse.Namespace) -> Autoencoder:
     """The network that the command line names."""
-    hidden = tuple(round(w * options.width) for w in NETWORKS[options.network])
+    hidden = tuple(max(1, round(w * options.width)) for w in NETWORKS[options.network])
     return Autoencoder(hidden, transfer=options.transfer)
 
 

@@ -18,29 +18,33 @@ class Peer(NamedTuple):
 
     Attributes:
       process: answers each line with one.
+      log: what it writes beside its answers.
       versions: of its packages.
     """
 
     process: subprocess.Popen[str]
+    log: Path
     versions: dict[str, str]
 
     def ask(self, **asked: Any) -> dict[str, Any]:
         """One answer, to `steps=3` or `evaluate=True`.
 
         Raises:
-          RuntimeError: if the peer has ended; its error is on its own output.
+          RuntimeError: if the peer has ended, with the last line that it wrote.
         """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
-        return _read(self.process)
+        return _read(self.process, self.log)
 
 
-def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _read(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"The peer has ended with code {process.wait()}.")
+        last = log.read_text().strip().splitlines()[-1:]
+        code = process.wait()
+        raise RuntimeError(f"The peer has ended with code {code}. {''.join(last)}")
     return json.loads(line)
 
 
@@ -76,9 +80,14 @@ def start(
         np.savez(file, **arrays)
         command = [python, FOLDER / f"{script}.py", "--input", file]
         command += ["--settings", json.dumps(dict(settings or {}))]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        pipe, log = subprocess.PIPE, Path(folder) / "log"
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, text=True
+            ) as process,
+        ):
             try:
-                yield Peer(process, _read(process)["versions"])
+                yield Peer(process, log, _read(process, log)["versions"])
             finally:
                 process.kill()

@@ -57,6 +57,7 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
                 lambda n, make=make, rate=rate, precision=precision: make(
                     warmup_then_linear(rate, n), precision=precision
                 ),
+                space={},
                 needs=frozenset({"intermediates"}),
             )
             names.append(key)

@@ -90,13 +90,15 @@ def start(
     Args:
       name: a key of `CONTESTANTS`.
       task: what to train on.
-      settings: those of the contestant; its defaults if not given.
+      settings: of the contestant; those not given are what its space tries first.
       interpreters: for each script of peers, the interpreter of its environment.
 
     Raises:
       ValueError: if a peer has no interpreter.
     """
-    contestant, settings = CONTESTANTS[name], dict(settings or {})
+    contestant = CONTESTANTS[name]
+    first = {key: range_.first for key, range_ in contestant.space.items()}
+    settings = first | dict(settings or {})
     if contestant.peer is None:
         yield _Local(name, task, settings)
         return
@@ -149,10 +151,8 @@ class _Local:
         self._tx = optax.with_extra_args_support(made)
         self._needs, self._task, self._done = contestant.needs, task, 0
         self._images = jnp.asarray(task.images.train)
-        self._carry = (
-            jax.tree.map(jnp.copy, task.params),
-            self._tx.init(task.params),
-        )
+        start = (task.params, self._tx.init(task.params))
+        self._carry = jax.tree.map(jnp.copy, start)
         began = time.perf_counter()
         lowered = jax.jit(self._step, donate_argnums=0).lower(
             self._carry, self._images[task.order[0]]

@@ -76,17 +76,21 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
     return Trainer(step, loss, lambda: numbers(optimizer.state) / size)
 
 
-def numbers(held: Any) -> int:
-    """How many numbers a state holds, in whatever it is nested."""
-    if isinstance(held, torch.Tensor):
-        return held.numel()
-    if isinstance(held, Mapping):
-        return sum(numbers(value) for value in held.values())
-    if isinstance(held, list | tuple):
-        return sum(numbers(value) for value in held)
-    return (
-        sum(numbers(v) for v in vars(held).values()) if hasattr(held, "__dict__") else 0
-    )
+def numbers(state: Any) -> int:
+    """How many numbers a state holds, in whatever they are nested."""
+    found, waiting = {}, [state]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in found:
+            continue
+        found[id(held)] = held
+        if isinstance(held, Mapping):
+            waiting += held.values()
+        elif isinstance(held, list | tuple):
+            waiting += held
+        elif not isinstance(held, torch.Tensor):
+            waiting += getattr(held, "__dict__", {}).values()
+    return sum(h.numel() for h in found.values() if isinstance(h, torch.Tensor))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ def small_task(steps=3):
 
 @pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.peer is None])
 def test_every_contestant_of_this_process_trains(name):
-    space = CONTESTANTS[name].space
-    settings = {key: range_.first for key, range_ in space.items()}
-    with start(name, small_task(), settings) as trainer:
+    with start(name, small_task()) as trainer:
         before = trainer.evaluate()
         trained = trainer.train(3)
         after = trainer.evaluate()
@@ -55,7 +53,7 @@ def test_what_is_tried_first_lies_in_the_space(name):
 
 
 def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
-    options = [*SMALL, "--optimizers", "sgd", "locoprop", "--output", str(tmp_path)]
+    options = [*SMALL, "--optimizers", "sgd", "momentum", "--output", str(tmp_path)]
     tune.main([*options, "--trials", "2"])
     tune.main([*options, "--trials", "3"])
     storage = f"sqlite:///{tmp_path / 'tuned_curves.sqlite'}"
@@ -64,7 +62,7 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert study.trials[0].params == {"learning_rate": 1e-3}
     chosen = json.loads((tmp_path / "tuned_curves.json").read_text())
     assert chosen["sgd"]["settings"] == study.best_params
-    assert math.isfinite(chosen["locoprop"]["train_loss"])
+    assert math.isfinite(chosen["momentum"]["train_loss"])
 
     settings = ["--settings", str(tmp_path / "tuned_curves.json")]
     options = [o for o in options if o not in ("--steps", "4")]
