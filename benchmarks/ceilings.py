@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_CALLS = {
+    "while": "body",
+    "call": "to_apply",
+    "conditional": "branch_computations",
+}
 _NO_KERNEL = {
+    "",
     "parameter",
     "constant",
     "tuple",
     "get-tuple-element",
     "bitcast",
-    "while",
-    "call",
-    "conditional",
+    *_CALLS,
     "after-all",
     "opt-barrier",
     "partition-id",
@@ -73,27 +77,19 @@ def launches(compiled_text: str) -> int:
     bodies = {name: body.splitlines() for _, name, body in blocks}
     (entry,) = [name for is_entry, name, _ in blocks if is_entry]
 
+    def called(line: str, role: str) -> list[str]:
+        names = re.findall(rf"{role}=\{{?(%[\w.\-]+(?:, %[\w.\-]+)*)", line)
+        return re.findall(r"%([\w.\-]+)", ", ".join(names))
+
     def count(name: str) -> int:
         total = 0
         for line in bodies[name]:
-            found = re.search(r" = .*? ([a-z][a-z\-]*)\(", line)
-            if not found:
-                continue
-            operation = found[1]
+            operation = "".join(re.findall(r" = .*? ([a-z][a-z\-]*)\(", line)[:1])
             total += operation not in _NO_KERNEL
-            if operation == "while":
-                turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                total += (int(turns[1]) if turns else 1) * count(body[1])  # type: ignore
-            elif operation == "call":
-                called = re.search(r"to_apply=%?([\w.\-]+)", line)
-                total += count(called[1])  # type: ignore
-            elif operation == "conditional":
-                names = re.findall(
-                    r"%?([\w.\-]+)",
-                    re.search(r"branch_computations=\{([^}]*)\}", line)[1],  # type: ignore
-                )
-                total += max(count(branch) for branch in names)
+            if operation in _CALLS:
+                turns = re.findall(r'"known_trip_count":\{"n":"(\d+)"', line) or ["1"]
+                longest = max(map(count, called(line, _CALLS[operation])))
+                total += int(turns[0]) * longest
         return total
 
     return count(entry)

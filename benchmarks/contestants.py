@@ -1,7 +1,7 @@
 """The optimizers that the autoencoder benchmark compares, and where each is tuned.
 
-Every contestant is a function of the number of steps and of its settings. What is not
-tuned has its default here; a space says over what optuna draws the others.
+Every contestant is a function of the number of steps and of its settings. A space says
+what optuna draws them from, and which are tried first and stand if none are given.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ def _scheduled(
 ) -> Callable[..., optax.GradientTransformation]:
     """The optimizer with the schedule, its other settings as optax names them."""
 
-    def make(steps: int, learning_rate: float = 1e-3, **settings: Any):
+    def make(steps: int, *, learning_rate: float, **settings: Any):
         return optimizer(warmup_then_linear(learning_rate, steps), **fixed, **settings)
 
     return make
@@ -80,11 +80,12 @@ def _scheduled(
 
 def _locoprop(
     steps: int,
-    learning_rate: float = 0.1,
-    gamma: float = 0.05,
-    damping: float = 0.1,
-    num_steps: int = 2,
-    momentum: float = 0.9,
+    *,
+    learning_rate: float,
+    gamma: float,
+    damping: float,
+    num_steps: int,
+    momentum: float,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
         warmup_then_linear(learning_rate, steps),
@@ -95,11 +96,7 @@ def _locoprop(
 
 
 def _locoprop_and_model(
-    steps: int,
-    gamma: float = 0.5,
-    damping: float = 0.1,
-    num_steps: int = 1,
-    first_damping: float = 1.0,
+    steps: int, *, gamma: float, damping: float, num_steps: int, first_damping: float
 ) -> optax.GradientTransformation:
     del steps  # no rate, no schedule
     return optax.chain(
@@ -109,15 +106,6 @@ def _locoprop_and_model(
         ),
         loco.scale_by_quadratic_model(damping=first_damping, damping_decay=0.95),
     )
-
-
-def _paper(
-    make: Callable[..., optax.GradientTransformation],
-) -> Callable[..., optax.GradientTransformation]:
-    def scheduled(steps: int, learning_rate: float = 1e-5, **settings: Any):
-        return make(warmup_then_linear(learning_rate, steps), **settings)
-
-    return scheduled
 
 
 def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
@@ -177,21 +165,27 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "lbfgs": Contestant(
         "L-BFGS",
-        lambda steps, memory_size=10: optax.lbfgs(memory_size=memory_size),
+        lambda steps, memory_size: optax.lbfgs(memory_size=memory_size),
         {"memory_size": Choice((5, 10, 20), 10)},
         needs=frozenset({"value"}),
     ),
     "curveball": Contestant(
         "CurveBall",
-        lambda steps, damping=1.0: loco.curveball(damping=damping),
+        lambda steps, damping: loco.curveball(damping=damping),
         {"damping": Range(0.1, 100.0, 1.0)},
         needs=frozenset({"functions"}),
     ),
     "locoprop_s": Contestant(
-        "locoprop_s (the paper's)", _paper(loco.locoprop_s), PAPER, needs=INTERMEDIATES
+        "locoprop_s (the paper's)",
+        _scheduled(loco.locoprop_s),
+        PAPER,
+        needs=INTERMEDIATES,
     ),
     "locoprop_m": Contestant(
-        "locoprop_m (the paper's)", _paper(loco.locoprop_m), PAPER, needs=INTERMEDIATES
+        "locoprop_m (the paper's)",
+        _scheduled(loco.locoprop_m),
+        PAPER,
+        needs=INTERMEDIATES,
     ),
     "locoprop": Contestant(
         "locoprop (our defaults)",

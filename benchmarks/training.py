@@ -102,14 +102,15 @@ def start(
     if contestant.peer is None:
         yield _Local(name, task, settings)
         return
-    if contestant.peer not in (interpreters or {}):
+    interpreter = (interpreters or {}).get(contestant.peer)
+    if interpreter is None:
         raise ValueError(
             f"{contestant.label} runs in an environment of its own: give "
             f"`--peer {contestant.peer}=PYTHON`, its interpreter."
         )
     made = contestant.make(len(task.order), **settings)
     with peer.start(
-        interpreters[contestant.peer],  # type: ignore
+        interpreter,
         contestant.peer,
         task.params,
         task.images.train,

@@ -24,44 +24,30 @@ package does differently, and is left as it is:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from locoprop import LocoLayer, LocopropTrainer
-from protocol import Trainer, layers_of, serve
+from protocol import Trainer, serve
 from torch import nn
+from torch_network import linear_layers, loss_of, reconstruction_loss
 
 RMSPROP = {"lr": 1e-5, "alpha": 0.9, "momentum": 0.999, "eps": 1e-5}
 
 
+TRANSFERS = {"tanh": nn.Tanh, "identity": nn.Identity, "logits": nn.Sigmoid}
+
+
 def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
-    """The network: tanh between dense layers, but for a linear code, to logits.
-
-    Args:
-      weights: `kernel_i` of shape (inputs, outputs) and `bias_i` of each layer.
-    """
-    model = nn.Sequential()
-    layers, code = layers_of(weights)
-    for i in range(layers):
-        kernel = torch.from_numpy(weights[f"kernel_{i}"])
-        linear = nn.Linear(*kernel.shape)
-        with torch.no_grad():
-            linear.weight.copy_(kernel.T)
-            linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
-        if i == layers - 1:
-            model.append(LocoLayer(linear, nn.Sigmoid(), implicit=True))
-        else:
-            model.append(LocoLayer(linear, nn.Identity() if i == code else nn.Tanh()))
-    return model
-
-
-def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Sigmoid cross-entropy, summed over pixels and averaged over images."""
-    losses = nn.functional.binary_cross_entropy_with_logits(
-        logits, images, reduction="sum"
+    """The network, the transfer function of each layer within it."""
+    return nn.Sequential(
+        *(
+            LocoLayer(linear, TRANSFERS[after](), implicit=after == "logits")
+            for linear, after in linear_layers(weights)
+        )
     )
-    return losses / len(images)
 
 
 def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
@@ -83,13 +69,8 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
         batch = torch.from_numpy(images)
         return trainer.step(batch, batch).item()
 
-    def loss(images: np.ndarray) -> float:
-        batch = torch.from_numpy(images)
-        with torch.no_grad():
-            return reconstruction_loss(model(batch), batch).item()
-
     # Of RMSProp, second moments and momentum for each parameter.
-    return Trainer(step, loss, lambda: 2.0)
+    return Trainer(step, partial(loss_of, model), lambda: 2.0)
 
 
 if __name__ == "__main__":

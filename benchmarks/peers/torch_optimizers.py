@@ -7,13 +7,15 @@ decayed to zero; all others go to the optimizer as they are. "shampoo" is the pa
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_optimizer
 import torch
-from protocol import Trainer, layers_of, rate_at, serve
+from protocol import Trainer, rate_at, serve
 from torch import nn
+from torch_network import linear_layers, loss_of, reconstruction_loss
 
 OPTIMIZERS = {
     "soap": pytorch_optimizer.SOAP,
@@ -24,25 +26,11 @@ OPTIMIZERS = {
 def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
     """Tanh between dense layers, but for a linear code, to logits."""
     model = nn.Sequential()
-    layers, code = layers_of(weights)
-    for i in range(layers):
-        kernel = torch.from_numpy(weights[f"kernel_{i}"])
-        linear = nn.Linear(*kernel.shape)
-        with torch.no_grad():
-            linear.weight.copy_(kernel.T)
-            linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
+    for linear, after in linear_layers(weights):
         model.append(linear)
-        if i not in (code, layers - 1):
+        if after == "tanh":
             model.append(nn.Tanh())
     return model
-
-
-def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Sigmoid cross-entropy, summed over pixels and averaged over images."""
-    losses = nn.functional.binary_cross_entropy_with_logits(
-        logits, images, reduction="sum"
-    )
-    return losses / len(images)
 
 
 def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
@@ -68,12 +56,9 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
         schedule.step()
         return loss.item()
 
-    def loss(images: np.ndarray) -> float:
-        batch = torch.from_numpy(images)
-        with torch.no_grad():
-            return reconstruction_loss(model(batch), batch).item()
-
-    return Trainer(step, loss, lambda: numbers(optimizer.state) / size)
+    return Trainer(
+        step, partial(loss_of, model), lambda: numbers(optimizer.state) / size
+    )
 
 
 def numbers(state: Any) -> int:
