@@ -33,6 +33,12 @@ from benchmarks.provenance import provenance
 from benchmarks.step_report import show
 
 PIXELS = 784
+GROWTH = {
+    "width": (0.5, 1, 2, 4),  # times the usual one
+    "depth": (1, 2, 4, 8),
+    "batch": (100, 1000, 4000, 16000),  # thousandths of the usual one
+    "steps": (1, 5, 10, 20),
+}
 PEER_SETTINGS = {
     "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
     "kfac": ({"adaptive": True}, {"adaptive": False}),
@@ -294,19 +300,15 @@ def _scaled(width: float, depth: int = 1) -> list[int]:
 
 def growth(width: float, batch: int) -> list[dict[str, Any]]:
     """Times against width, depth, batch and local steps, with what is predicted."""
-    settings = [
-        *({"width": width * f} for f in (0.5, 1, 2, 4)),
-        *({"depth": d} for d in (1, 2, 4, 8)),
-        *({"batch": max(2, batch * b // 1000)} for b in (100, 1000, 4000, 16000)),
-        *({"steps": t} for t in (1, 5, 10, 20)),
-    ]
     results = []
-    for changed in settings:
-        chosen = {"width": width, "depth": 1, "batch": batch, "steps": 10, **changed}
+    usual = {"width": width, "depth": 1, "batch": batch, "steps": 10}
+    for axis, value in ((axis, v) for axis in GROWTH for v in GROWTH[axis]):
+        now = {"width": width * value, "batch": max(2, batch * value // 1000)}
+        chosen = usual | {axis: now.get(axis, value)}
         widths = _scaled(chosen["width"], chosen["depth"])
         variants = ["adam", "locoprop_m", "locoprop_s", "locoprop"]
         found = measure(widths, chosen["batch"], chosen["steps"], 3, variants)
-        results.append({"axis": next(iter(changed)), **chosen, "found": found})
+        results.append({"axis": axis, **chosen, "found": found})
     return results
 
 

@@ -4,7 +4,7 @@ from benchmarks import compile_cost, report
 
 
 def test_the_whole_command(tmp_path, capsys):
-    options = ["--depth", "2", "--width", "8", "--batch", "16"]
+    options = ["--depth", "1", "--width", "8", "--batch", "16"]
     compile_cost.main([*options, "--output", str(tmp_path)])
     results = report.read_results(tmp_path / "compile_cost.jsonl")
     dense, unrolled, scanned = (r["found"] for r in results)
