@@ -39,6 +39,7 @@ GROWTH = {
     "batch": (100, 1000, 4000, 16000),  # thousandths of the usual one
     "steps": (1, 5, 10, 20),
 }
+GROWN = ("adam", "locoprop_m", "locoprop_s", "locoprop")
 PEER_SETTINGS = {
     "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
     "kfac": ({"adaptive": True}, {"adaptive": False}),
@@ -302,12 +303,11 @@ def growth(width: float, batch: int) -> list[dict[str, Any]]:
     """Times against width, depth, batch and local steps, with what is predicted."""
     results = []
     usual = {"width": width, "depth": 1, "batch": batch, "steps": 10}
-    for axis, value in ((axis, v) for axis in GROWTH for v in GROWTH[axis]):
+    for axis, value in ((name, v) for name in GROWTH for v in GROWTH[name]):
         now = {"width": width * value, "batch": max(2, batch * value // 1000)}
         chosen = usual | {axis: now.get(axis, value)}
         widths = _scaled(chosen["width"], chosen["depth"])
-        variants = ["adam", "locoprop_m", "locoprop_s", "locoprop"]
-        found = measure(widths, chosen["batch"], chosen["steps"], 3, variants)
+        found = measure(widths, chosen["batch"], chosen["steps"], 3, GROWN)
         results.append({"axis": axis, **chosen, "found": found})
     return results
 

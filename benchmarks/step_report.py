@@ -94,7 +94,8 @@ def show(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4 * len(axes_names), 3.4), layout="constrained")
     rate = sum(results["found"]["adam"]["operations"].values())
     rate /= results["found"]["adam"]["seconds"]
-    for axes, name in zip(figure.subplots(1, len(axes_names)), axes_names, strict=True):
+    (all_axes,) = figure.subplots(1, len(axes_names), squeeze=False)
+    for axes, name in zip(all_axes, axes_names, strict=True):
         chosen = [r for r in results["growth"] if r["axis"] == name]
         at = [r[name] for r in chosen]
         counted = [v for v, f in chosen[0]["found"].items() if "operations" in f]
