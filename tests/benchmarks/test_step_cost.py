@@ -79,19 +79,6 @@ def test_the_whole_command(tmp_path, capsys):
     assert "locoprop_m" in capsys.readouterr().out
 
 
-def test_growth_and_its_picture(tmp_path):
-    options = ["--repeats", "1", "--width", "0.02", "--batch", "20", "--steps", "2"]
-    step_cost.main([*options, "--output", str(tmp_path)])
-    results = json.loads((tmp_path / "step_cost.json").read_text())
-    assert {r["axis"] for r in results["growth"]} == {
-        "width",
-        "depth",
-        "batch",
-        "steps",
-    }
-    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
-
-
 def test_kernels_of_a_loop_count_as_often_as_it_turns():
     def loop(turns):
         def body(x, _):
