@@ -63,11 +63,6 @@ def test_a_function_of_all_equal_layers_where_some_are_stacked_already():
     np.testing.assert_allclose(sums["d"], 24)
 
 
-def test_grouped_values_are_a_tree():
-    doubled = jax.jit(lambda g: jax.tree.map(lambda leaf: 2 * leaf, g))(group())
-    np.testing.assert_allclose(doubled.to_layers()["c"]["w"], 6.0)
-
-
 def test_unzip_parts_tuples():
     doubled, halved = group().map(lambda la: (2 * la["w"], la["w"] / 2)).unzip()
     for path, layer in LAYERS.items():

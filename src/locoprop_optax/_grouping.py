@@ -21,7 +21,6 @@ class _Group(NamedTuple):
     stack_dims: int
 
 
-@jax.tree_util.register_pytree_node_class
 class Grouped(Generic[T]):
     """One value per layer, the values of equal layers stacked.
 
@@ -113,17 +112,6 @@ class Grouped(Generic[T]):
             members = _unstack(value, len(group.paths))
             layers.update(zip(group.paths, members, strict=True))
         return layers
-
-    def tree_flatten(self) -> tuple[tuple[T, ...], tuple[_Group, ...]]:
-        """For JAX: the stacked values are data, who belongs together is not."""
-        return self._values, self._groups
-
-    @classmethod
-    def tree_unflatten(
-        cls, groups: tuple[_Group, ...], values: tuple[T, ...]
-    ) -> Grouped[T]:
-        """The inverse of `tree_flatten`."""
-        return cls(groups, values)
 
 
 def _stack(values: list[T]) -> T:

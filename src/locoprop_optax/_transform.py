@@ -75,8 +75,8 @@ def scale_by_locoprop(
         several globs, or a predicate on paths.
       exclude: layers that are not local although they own a `kernel`.
       stack_layers: whether equal layers are solved together, stacked in one array: that
-        is less to compile and to launch, but copies what it stacks. Convolutions stay
-        alone. Default: on all devices but a CPU, which is faster without.
+        is fewer kernels to launch, but copies what it stacks. Convolutions stay alone.
+        Default: on all devices but a CPU, which is faster without.
       precision: of the matrix products in the solver, as
         `jax.default_matmul_precision` takes it: `"BF16_BF16_F32"`, `"TF32_TF32_F32"`
         and others of `jax.lax.DotAlgorithmPreset` round what enters a product, and sum
