@@ -12,7 +12,7 @@ import numpy as np
 _CALLS = {
     "while": "body",
     "call": "to_apply",
-    "conditional": "branch_computations",
+    "conditional": "(?:branch_computations|true_computation|false_computation)",
 }
 _NO_KERNEL = {
     "",

@@ -121,7 +121,7 @@ PAPER: Space = {
 BETAS: Space = {
     "learning_rate": RATE,
     "b1": MOMENTUM,
-    "b2": DECAY,
+    "b2": Choice(DECAY.values, 0.999),
     "eps": EPS,
 }
 

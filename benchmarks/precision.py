@@ -6,7 +6,6 @@ what enters it to bfloat16, as an accelerator does, and sums in float32.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from rich.table import Table
 import locoprop_optax as loco
 from benchmarks import autoencoder, datasets, report
 from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
-from benchmarks.network import HIDDEN, Autoencoder
 from benchmarks.provenance import provenance
 from benchmarks.training import make_task
 
@@ -62,14 +60,14 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             names.append(key)
     images = datasets.load(options.data, options.data_dir, options.train_size)
-    model = Autoencoder(tuple(round(w * options.width) for w in HIDDEN))
-    steps = options.epochs * (len(images.train) // 1000)
-    task = make_task(model, images, steps=steps, batch_size=1000, seed=0)
+    model, size = autoencoder.model_of(options), options.batch_size
+    steps = options.epochs * (len(images.train) // size)
+    task = make_task(model, images, steps=steps, batch_size=size, seed=0)
     settings = {
         "data": options.data,
         "train_images": len(images.train),
         "epochs": options.epochs,
-        "batch_size": 1000,
+        "batch_size": size,
         "hidden": list(model.hidden),
     }
     made = provenance()
@@ -99,13 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--data", choices=datasets.NAMES, default="curves", help="the images")
-    add("--data-dir", type=Path, help="the folder with IDX files")
-    add("--train-size", type=int, default=20_000, help="how many training images")
-    add("--epochs", type=int, default=10, help="passes over the images")
-    add("--width", type=float, default=1.0, help="multiplies the hidden widths")
-    add("--output", type=Path, default=Path("out"), help="the folder for results")
+    autoencoder.add_task_arguments(parser)
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the images")
+    parser.set_defaults(train_size=20_000)
     options = parser.parse_args(arguments)
     round_on_cpu()
     results = train(options)

@@ -64,9 +64,10 @@ def rows(results: Results) -> list[tuple[str, ...]]:
     groups = by_optimizer(results)
 
     def step_seconds(name):
-        return float(np.median([r["median_step_seconds"] for r in groups[name]]))
+        seconds = [r["median_step_seconds"] for r in groups.get(name, ())]
+        return float(np.median(seconds)) if seconds and None not in seconds else None
 
-    adam = step_seconds("adam") if "adam" in groups else None
+    adam = step_seconds("adam")
     table = []
     for name, runs in groups.items():
         errors = [run["error"] for run in runs if "error" in run]

@@ -56,10 +56,15 @@ def peer_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
+def adams_rate(results: dict[str, Any]) -> float:
+    """Operations a second of Adam's step."""
+    adam = results["found"]["adam"]
+    return sum(adam["operations"].values()) / adam["seconds"]
+
+
 def growth_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Of each setting the seconds over what the count predicts at Adam's first rate."""
-    first = results["found"]["adam"]
-    rate = sum(first["operations"].values()) / first["seconds"]
+    rate = adams_rate(results)
     table = []
     for result in results["growth"]:
         at = [f"{result['axis']} {result[result['axis']]:g}"]
@@ -92,8 +97,7 @@ def show(results: dict[str, Any], path: Path) -> None:
     if not axes_names:
         return
     figure = Figure(figsize=(4 * len(axes_names), 3.4), layout="constrained")
-    rate = sum(results["found"]["adam"]["operations"].values())
-    rate /= results["found"]["adam"]["seconds"]
+    rate = adams_rate(results)
     (all_axes,) = figure.subplots(1, len(axes_names), squeeze=False)
     for axes, name in zip(all_axes, axes_names, strict=True):
         chosen = [r for r in results["growth"] if r["axis"] == name]

@@ -1,9 +1,12 @@
+import importlib
+import inspect
 import json
 
 import numpy as np
+import optax
 import pytest
 
-from benchmarks import autoencoder, report
+from benchmarks import autoencoder, peer, report
 from benchmarks.contestants import CONTESTANTS, warmup_then_linear
 
 
@@ -48,6 +51,22 @@ def test_schedule_warms_up_and_ends_at_zero(steps):
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.0, abs=1e-6) or steps == 1
     assert rates[0] > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 600])
+def test_peers_have_the_same_schedule(steps, monkeypatch):
+    monkeypatch.syspath_prepend(str(peer.FOLDER))
+    rate_at = importlib.import_module("protocol").rate_at
+    schedule = warmup_then_linear(1.0, steps)
+    for k in range(steps):
+        assert rate_at(k, steps) == pytest.approx(float(schedule(k)), abs=1e-5)
+
+
+def test_adam_starts_from_the_defaults_of_optax():
+    defaults = inspect.signature(optax.adam).parameters
+    for name, range_ in CONTESTANTS["adam"].space.items():
+        if name != "learning_rate":
+            assert range_.first == defaults[name].default
 
 
 def test_every_contestant_has_a_label():

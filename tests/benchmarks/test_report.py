@@ -41,3 +41,12 @@ def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
     ]
     assert table[2].split(" | ")[1:7] == ["4.0", "3.0", "1.0", "9.0", "9.0", "4.0"]
     assert table[3].split(" | ")[1:7] == ["8.0", "7.0", "5.0", "9.0", "7.0", "5.0"]
+
+
+def test_an_adam_that_failed_leaves_the_others_without_a_ratio():
+    point = {"train_loss": 1.0, "test_loss": 2.0, "steps": 3, "seconds": 4.0}
+    done = {"optimizer": "sgd", "median_step_seconds": 0.5, "curve": [point]}
+    failed = {"optimizer": "adam", "median_step_seconds": None, "error": "no"}
+    first, second = report.rows([done, {**failed, "curve": []}])
+    assert first[-1] == "–"
+    assert second[1] == "1 of 1 failed: no"

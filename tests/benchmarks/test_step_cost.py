@@ -90,6 +90,15 @@ def test_kernels_of_a_loop_count_as_often_as_it_turns():
     assert loop(30) - loop(20) == loop(20) - loop(10) >= 20
 
 
+def test_of_a_condition_the_longer_branch_counts():
+    def long(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=20)[0]
+
+    step = jax.jit(lambda x: jax.lax.cond(x[0, 0] > 0, long, lambda x: x, x))
+    text = step.lower(jnp.eye(64)).compile().as_text()
+    assert ceilings.launches(text) >= 20
+
+
 def test_records_and_state_are_itemized():
     widths, n = step_cost._scaled(0.06), 40
     found = step_cost.measure(widths, n, 2, 1, ["adam", "locoprop_m", "locoprop"])
