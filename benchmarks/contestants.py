@@ -46,13 +46,18 @@ class Contestant(NamedTuple):
       peer: the script in `benchmarks/peers` that runs it; None for an optimizer of this
         process.
       needs: what its update is given beside the gradient.
+      curvature_share: the part of the batch whose labels are sampled, and that the
+        functions are closed over.
     """
 
     label: str
     make: Callable[..., Any]
     space: Space
     peer: str | None = None
-    needs: frozenset[Literal["intermediates", "functions", "value"]] = frozenset()
+    needs: frozenset[Literal["intermediates", "sampled", "functions", "value"]] = (
+        frozenset()
+    )
+    curvature_share: float = 1.0
 
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
@@ -95,16 +100,21 @@ def _locoprop(
     )
 
 
-def _locoprop_and_model(
-    steps: int, *, gamma: float, damping: float, num_steps: int, first_damping: float
+def _automatic(
+    steps: int,
+    *,
+    gamma: float,
+    target_damping: float,
+    damping: float,
+    first_damping: float,
 ) -> optax.GradientTransformation:
     del steps  # no rate, no schedule
     return optax.chain(
         loco.scale_by_locoprop(
-            target=loco.targets.normalized(gamma),
-            solver=loco.solvers.majorized_newton(num_steps, damping),
+            target=loco.targets.natural_gradient(gamma, target_damping),
+            solver=loco.solvers.majorized_newton(1, damping),
         ),
-        loco.scale_by_quadratic_model(damping=first_damping, damping_decay=0.95),
+        loco.scale_by_quadratic_model(damping=first_damping),
     )
 
 
@@ -199,16 +209,17 @@ CONTESTANTS: dict[str, Contestant] = {
         },
         needs=INTERMEDIATES,
     ),
-    "locoprop_quadratic": Contestant(
-        "locoprop, quadratic model",
-        _locoprop_and_model,
+    "locoprop_automatic": Contestant(
+        "locoprop, automatic steps",
+        _automatic,
         {
-            "gamma": Range(0.05, 2.0, 0.5),
+            "gamma": Range(0.1, 3.0, 1.0),
+            "target_damping": Range(0.01, 1.0, 0.1),
             "damping": Range(0.01, 1.0, 0.1),
-            "num_steps": Choice((1, 2), 1),
             "first_damping": Range(0.1, 100.0, 1.0),
         },
-        needs=frozenset({"intermediates", "functions"}),
+        needs=frozenset({"intermediates", "sampled", "functions"}),
+        curvature_share=0.25,
     ),
     "kfac": Contestant(
         "K-FAC, adaptive",

@@ -150,9 +150,9 @@ class _Local:
         contestant = CONTESTANTS[name]
         made = contestant.make(len(task.order), **settings)
         self._tx = optax.with_extra_args_support(made)
-        self._needs, self._task, self._done = contestant.needs, task, 0
+        self._contestant, self._task, self._done = contestant, task, 0
         self._images = jnp.asarray(task.images.train)
-        start = (task.params, self._tx.init(task.params))
+        start = (task.params, self._tx.init(task.params), jax.random.key(0))
         self._carry = jax.tree.map(jnp.copy, start)
         began = time.perf_counter()
         lowered = jax.jit(self._step, donate_argnums=0).lower(
@@ -165,26 +165,38 @@ class _Local:
         )
 
     def _step(self, carry: Any, images: jax.Array) -> tuple[Any, jax.Array]:
-        params, state = carry
+        params, state, key = carry
+        key, now = jax.random.split(key)
+        needs, model = self._contestant.needs, self._task.model
+        part = images[: round(self._contestant.curvature_share * len(images))]
 
         def loss_fn(params):
-            return reconstruction_loss(self._task.model, params, images)
+            return reconstruction_loss(model, params, images)
+
+        def sampled_loss_fn(params):
+            logits = model.apply({"params": params}, part)
+            sampled = jax.random.bernoulli(now, jax.nn.sigmoid(logits))
+            return cross_entropy(logits, sampled.astype(logits.dtype))
 
         extra: dict[str, Any] = {}
-        if "intermediates" in self._needs:
-            capture = loco.linen.value_and_grad(loss_fn)
-            loss, grads, extra["intermediates"] = capture(params)
+        if "intermediates" in needs:
+            loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+            extra["intermediates"] = intermediates
         else:
             loss, grads = jax.value_and_grad(loss_fn)(params)
-        if "functions" in self._needs:
+        if "sampled" in needs:
+            _, _, sampled = loco.linen.value_and_grad(sampled_loss_fn)(params)
+            both = loco.add_sampled_cotangents(extra["intermediates"], sampled)
+            extra["intermediates"] = both
+        if "functions" in needs:
             functions = loco.linen.model_and_loss(
-                self._task.model.apply, lambda out: cross_entropy(out, images), images
+                model.apply, lambda out: cross_entropy(out, part), part
             )
             extra |= {"model_fn": functions.model_fn, "loss_fn": functions.loss_fn}
-        if "value" in self._needs:
+        if "value" in needs:
             extra |= {"value": loss, "grad": grads, "value_fn": loss_fn}
         updates, state = self._tx.update(grads, state, params, **extra)
-        return (optax.apply_updates(params, updates), state), loss
+        return (optax.apply_updates(params, updates), state, key), loss
 
     def train(self, steps: int) -> Trained:
         """Takes the next steps."""
@@ -215,7 +227,7 @@ class _Local:
 
     def described(self) -> dict[str, Any]:
         """The state and the memory in multiples of the parameters, compilation."""
-        params, state = map(_bytes, self._carry)
+        params, state = map(_bytes, self._carry[:2])
         memory = self._compiled.memory_analysis()
         return {
             "state_size": state / params,

@@ -64,6 +64,11 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert chosen["sgd"]["settings"] == study.best_params
     assert math.isfinite(chosen["momentum"]["train_loss"])
 
+    tune.main([*options[:-4], "adam", *options[-2:], "--trials", "1"])
+    kept = json.loads((tmp_path / "tuned_curves.json").read_text())
+    assert {name: kept[name] for name in chosen} == chosen
+    assert set(kept) - set(chosen) == {"adam"}
+
     settings = ["--settings", str(tmp_path / "tuned_curves.json")]
     options = [o for o in options if o not in ("--steps", "4")]
     options += ["--epochs", "1", *settings]
@@ -73,6 +78,21 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert [r["settings"]["seed"] for r in results] == [0, 0, 1, 1]
     assert results[0]["settings"]["tuned"] == study.best_params
     assert "2 seeds" in capsys.readouterr().out
+
+
+def test_trials_behind_the_median_end_early(tmp_path):
+    options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
+    tune.main([*options, "--trials", "8"])
+    storage = f"sqlite:///{tmp_path / 'tuned_curves.sqlite'}"
+    trials = optuna.load_study(study_name="sgd", storage=storage).trials
+    states = [trial.state.name for trial in trials]
+    assert set(states) == {"COMPLETE", "PRUNED"}
+    ended = trials[states.index("PRUNED")]
+    assert ended.last_step < 4
+    best = min(t.value for t in trials if t.state.name == "COMPLETE")
+    found = json.loads((tmp_path / "tuned_curves.json").read_text())["sgd"]
+    assert found["train_loss"] == best
+    assert found["failed_trials"] == 0
 
 
 def test_a_contestant_that_fails_is_listed_with_its_error(tmp_path):
