@@ -57,6 +57,7 @@ def start(
     order: np.ndarray,
     *,
     test: np.ndarray | None = None,
+    transfer: str = "tanh",
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Peer]:
     """Starts a peer, and ends it with the block.
@@ -68,10 +69,12 @@ def start(
       train: the images.
       order: the rows of `train` in each batch.
       test: images for `evaluate`; default the first batch.
+      transfer: between the layers, "tanh" or "relu".
       settings: what the script's docstring lists.
     """
     test = train[order[0]] if test is None else test
     arrays = {"train": train, "test": test, "order": order}
+    arrays["transfer"] = np.asarray(transfer)
     for i in range(len(params)):
         for name, leaf in params[f"Dense_{i}"].items():
             arrays[f"{name}_{i}"] = np.asarray(leaf)

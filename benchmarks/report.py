@@ -131,18 +131,22 @@ def milestones(results: Results) -> str:
         return points[-1]["train_loss"]
 
     header = [f"epoch {e}" for e in epochs] + [f"{s:g} s" for s in seconds]
-    extra = ["state / parameters", "compile, s"]
-    lines = [("training loss", *header, *extra), ("---", *["---:"] * (len(header) + 2))]
+    about = {
+        "state_size": "state / parameters",
+        "peak_size": "memory / parameters",
+        "compile_seconds": "compile, s",
+    }
+    columns = [*header, *about.values()]
+    lines = [("training loss", *columns), ("---", *["---:"] * len(columns))]
     for name, runs in groups.items():
         marks = [("epoch", e) for e in epochs] + [("seconds", s) for s in seconds]
         means = [np.mean([reached(r, key, at) for r in runs]) for key, at in marks]
-        state, compiled = (runs[0].get(k) for k in ("state_size", "compile_seconds"))
+        known = [runs[0].get(key) for key in about]
         lines.append(
             (
                 label(name),
                 *(f"{mean:.1f}" for mean in means),
-                "–" if state is None else f"{state:.1f}",
-                "–" if compiled is None else f"{compiled:.1f}",
+                *("–" if value is None else f"{value:.1f}" for value in known),
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)

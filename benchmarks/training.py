@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +15,20 @@ import optax
 import locoprop_optax as loco
 from benchmarks import datasets, peer
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.network import cross_entropy, reconstruction_loss
+from benchmarks.network import Autoencoder, cross_entropy, reconstruction_loss
 
 
 class Task(NamedTuple):
     """What all contestants have alike.
 
     Attributes:
-      model: the autoencoder.
+      model: the network.
       params: where all start.
       images: for training and for testing.
       order: the rows of the training images in each batch, one row a step.
     """
 
-    model: nn.Module
+    model: Autoencoder
     params: Any
     images: datasets.Images
     order: np.ndarray
@@ -59,7 +58,12 @@ class Trainer(Protocol):
 
 
 def make_task(
-    model: nn.Module, images: datasets.Images, *, steps: int, batch_size: int, seed: int
+    model: Autoencoder,
+    images: datasets.Images,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
 ) -> Task:
     """Draws the first weights and all batches, epoch after epoch.
 
@@ -116,6 +120,7 @@ def start(
         task.images.train,
         task.order,
         test=task.images.test,
+        transfer=task.model.transfer,
         settings=made,
     ) as running:
         yield _Remote(running)
@@ -126,21 +131,21 @@ class _Remote:
 
     def __init__(self, running: peer.Peer):
         self._peer = running
-        self._state_size = 0.0
+        self._about: dict[str, Any] = {}
 
     def train(self, steps: int) -> Trained:
-        """Takes the next steps; the first takes its compilation along."""
+        """Takes the next steps."""
         return Trained(**self._peer.ask(steps=steps))
 
     def evaluate(self) -> dict[str, float]:
         """The mean losses."""
         answer = self._peer.ask(evaluate=True)
-        self._state_size = answer.pop("state_size")
+        self._about = answer.pop("about")
         return answer
 
     def described(self) -> dict[str, Any]:
-        """The state in multiples of the parameters, and the versions."""
-        return {"state_size": self._state_size, "peer_versions": self._peer.versions}
+        """What the peer last said of itself, and its versions."""
+        return {**self._about, "peer_versions": self._peer.versions}
 
 
 class _Local:
@@ -229,9 +234,10 @@ class _Local:
         """The state and the memory in multiples of the parameters, compilation."""
         params, state = map(_bytes, self._carry[:2])
         memory = self._compiled.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return {
             "state_size": state / params,
-            "temporary_size": memory.temp_size_in_bytes / params,
+            "peak_size": held / params,
             "compile_seconds": round(self._compile_seconds, 2),
         }
 

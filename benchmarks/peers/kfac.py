@@ -7,7 +7,8 @@ and decayed over `total_steps`, and `momentum`; `damping`, the first or the fixe
 `inverse_update_period`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,39 +17,57 @@ import kfac_jax
 import numpy as np
 from protocol import Trainer, layers_of, rate_at, serve
 
+TRANSFERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
-def logits_of(params: Any, images: jax.Array) -> jax.Array:
-    """Tanh between dense layers, but for a linear code, to logits."""
+
+def logits_of(params: Any, images: jax.Array, transfer: str) -> jax.Array:
+    """A transfer function between dense layers, but for a linear code, to logits."""
     x = images
     for i, (kernel, bias) in enumerate(params):
         x = x @ kernel + bias
         if i not in (len(params) // 2 - 1, len(params) - 1):
-            x = jnp.tanh(x)
+            x = TRANSFERS[transfer](x)
     return x
 
 
-def reconstruction_loss(params: Any, images: jax.Array) -> jax.Array:
+@cache
+def loss_of(transfer: str) -> Callable[[Any, jax.Array], jax.Array]:
     """Sigmoid cross-entropy, summed over pixels and averaged over images."""
-    logits = logits_of(params, images)
-    kfac_jax.register_multi_bernoulli_predictive_distribution(logits, images)
-    losses = jnp.logaddexp(0.0, logits) - logits * images
-    return jnp.mean(jnp.sum(losses, axis=-1))
+
+    def loss(params, images):
+        logits = logits_of(params, images, transfer)
+        kfac_jax.register_multi_bernoulli_predictive_distribution(logits, images)
+        losses = jnp.logaddexp(0.0, logits) - logits * images
+        return jnp.mean(jnp.sum(losses, axis=-1))
+
+    return loss
 
 
-def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
-    """K-FAC with these settings."""
-    adaptive = settings.get("adaptive", True)
-    damping = settings.get("damping", 150.0)
-    optimizer = kfac_jax.Optimizer(
-        jax.value_and_grad(reconstruction_loss),
+@cache
+def optimizer_of(
+    transfer: str, adaptive: bool, damping: float, period: int
+) -> kfac_jax.Optimizer:
+    """K-FAC; what it has compiled serves all runs with these settings."""
+    return kfac_jax.Optimizer(
+        jax.value_and_grad(loss_of(transfer)),
         l2_reg=0.0,
         use_adaptive_learning_rate=adaptive,
         use_adaptive_momentum=adaptive,
         use_adaptive_damping=adaptive,
         initial_damping=damping if adaptive else None,
-        inverse_update_period=settings.get("inverse_update_period", 5),
+        inverse_update_period=period,
         num_burnin_steps=0,
     )
+
+
+def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+    """K-FAC with these settings."""
+    transfer = str(arrays["transfer"])
+    adaptive = settings.get("adaptive", True)
+    damping = settings.get("damping", 150.0)
+    period = settings.get("inverse_update_period", 5)
+    optimizer = optimizer_of(transfer, adaptive, damping, period)
+    evaluate = jax.jit(loss_of(transfer))
 
     def given(count: int) -> dict[str, jax.Array]:
         if adaptive:
@@ -67,7 +86,6 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
     first = jnp.asarray(arrays["train"][arrays["order"][0]])
     key = jax.random.key(0)
     held = {"params": params, "state": optimizer.init(params, key, first), "count": 0}
-    evaluate = jax.jit(reconstruction_loss)
 
     def step(images: np.ndarray) -> float:
         held["params"], held["state"], stats = optimizer.step(

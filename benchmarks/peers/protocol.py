@@ -1,12 +1,17 @@
 """What every peer does: announce itself, then answer each line of its input.
 
 A peer runs in an environment of its own. It reads a file of arrays, `kernel_i` and
-`bias_i` of each layer, `train` and `test` images, and `order`, the rows of `train` in
-each batch. It writes one line of JSON for itself and one for each line it reads:
+`bias_i` of each layer, `transfer`, the name of what lies between them, `train` and
+`test` images, and `order`, the rows of `train` in each batch. It takes a few steps, so
+that what is compiled is compiled, and begins anew. Then it writes one line of JSON for
+itself and one for each line it reads:
 
 - `{"steps": 3}` trains the next three batches: `seconds` and `losses` of each, the
   losses those before the step;
-- `{"evaluate": true}` gives `train_loss` and `test_loss`.
+- `{"evaluate": true}` gives `train_loss` and `test_loss`, and `about`: the optimizer's
+  state (`state_size`) and by how much the process's memory has grown at most
+  (`peak_size`), in multiples of the parameters, and `compile_seconds`, by how much
+  longer the first steps took.
 """
 
 import argparse
@@ -52,6 +57,9 @@ class Trainer(NamedTuple):
     state_size: Callable[[], float]
 
 
+WARM_UP = 6  # all that K-FAC does from time to time, it does every fifth step
+
+
 def serve(
     make: Callable[[Mapping[str, np.ndarray], dict[str, Any]], Trainer],
     packages: Sequence[str],
@@ -59,7 +67,8 @@ def serve(
     """Runs a peer from the command line.
 
     Args:
-      make: from the arrays and the settings to the trainer.
+      make: from the arrays and the settings to the trainer. A second one takes over
+        what the first has compiled.
       packages: whose versions are announced.
     """
     parser = argparse.ArgumentParser(description="A peer; see benchmarks/peers.")
@@ -68,6 +77,11 @@ def serve(
     options = parser.parse_args()
     with np.load(options.input) as file:
         arrays = dict(file)
+    parameters = sum(
+        leaf.nbytes for name, leaf in arrays.items() if name[:4] in ("kern", "bias")
+    )
+    before = peak_memory()
+    compile_seconds = warm_up(make(arrays, options.settings), arrays)
     trainer = make(arrays, options.settings)
     versions = {name: version(name) for name in (*packages, "numpy")}
     answer({"versions": {"python": platform.python_version(), **versions}})
@@ -83,13 +97,35 @@ def serve(
                 seconds.append(time.perf_counter() - began)
             answer({"seconds": seconds, "losses": losses})
         else:
-            answer(
-                {
-                    f"{part}_loss": mean_loss(trainer, arrays[part])
-                    for part in ("train", "test")
-                }
-                | {"state_size": trainer.state_size()}
-            )
+            losses = {
+                f"{part}_loss": mean_loss(trainer, arrays[part])
+                for part in ("train", "test")
+            }
+            about = {
+                "state_size": trainer.state_size(),
+                "peak_size": (peak_memory() - before) / parameters,
+                "compile_seconds": compile_seconds,
+            }
+            answer({**losses, "about": about})
+
+
+def warm_up(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> float:
+    """Takes a few steps; returns how many seconds more than others the slow ones took.
+
+    The fastest step tells what a step takes once all is compiled.
+    """
+    images, seconds = arrays["train"][arrays["order"][0]], []
+    for _ in range(WARM_UP):
+        began = time.perf_counter()
+        trainer.step(images)
+        seconds.append(time.perf_counter() - began)
+    return sum(seconds) - WARM_UP * min(seconds)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes; as Linux tells it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def mean_loss(trainer: Trainer, images: np.ndarray) -> float:

@@ -20,7 +20,8 @@ package does differently, and is left as it is:
   c > 0 (the package's default: 0.1) takes one more pass forward and moves the next
   layer's input towards the new output, by at most c √width in the norm of the whole
   batch; the next target starts from there. With c = 0 inputs stay, as they do in ours.
-- The rate is constant from step to step; there is no schedule.
+- Without `total_steps` the rate is constant from step to step; with it, it is warmed up
+  over 5 % of them and then decays to zero, from outside.
 """
 
 from collections.abc import Mapping
@@ -30,14 +31,19 @@ from typing import Any
 import numpy as np
 import torch
 from locoprop import LocoLayer, LocopropTrainer
-from protocol import Trainer, serve
+from protocol import Trainer, rate_at, serve
 from torch import nn
 from torch_network import linear_layers, loss_of, reconstruction_loss
 
 RMSPROP = {"lr": 1e-5, "alpha": 0.9, "momentum": 0.999, "eps": 1e-5}
 
 
-TRANSFERS = {"tanh": nn.Tanh, "identity": nn.Identity, "logits": nn.Sigmoid}
+TRANSFERS = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+    "logits": nn.Sigmoid,
+}
 
 
 def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
@@ -54,18 +60,23 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
     """The package's trainer with the settings of `locoprop_m` and a `correction`."""
     torch.set_num_threads(settings.get("threads", 2))
     model = autoencoder(arrays)
+    rate, done = settings.get("learning_rate", RMSPROP["lr"]), 0
     trainer = LocopropTrainer(
         model,
         reconstruction_loss,
         optimizer_class=torch.optim.RMSprop,
-        optimizer_hparams=RMSPROP
-        | {"lr": settings.get("learning_rate", RMSPROP["lr"])},
+        optimizer_hparams=RMSPROP,
         learning_rate=settings.get("activation_learning_rate", 10),
         local_iterations=settings.get("num_local_steps", 10),
         correction=settings.get("correction", 0.1),
     )
 
     def step(images: np.ndarray) -> float:
+        nonlocal done
+        for optimizer in trainer.opts:
+            now = rate * rate_at(done, settings.get("total_steps"))
+            optimizer.param_groups[0]["lr"] = now
+        done += 1
         batch = torch.from_numpy(images)
         return trainer.step(batch, batch).item()
 

@@ -11,8 +11,12 @@ from torch import nn
 def linear_layers(
     weights: Mapping[str, np.ndarray],
 ) -> Iterator[tuple[nn.Linear, str]]:
-    """Each layer with its weights, and what follows: "tanh", "identity" or "logits"."""
+    """Each layer with its weights, and what follows.
+
+    That is "tanh" or "relu", "identity" behind the code, and "logits" in the end.
+    """
     layers, code = layers_of(weights)
+    transfer = str(weights["transfer"])
     after = {code: "identity", layers - 1: "logits"}
     for i in range(layers):
         kernel = torch.from_numpy(weights[f"kernel_{i}"])
@@ -20,7 +24,7 @@ def linear_layers(
         with torch.no_grad():
             linear.weight.copy_(kernel.T)
             linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
-        yield linear, after.get(i, "tanh")
+        yield linear, after.get(i, transfer)
 
 
 def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

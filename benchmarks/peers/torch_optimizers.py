@@ -23,13 +23,16 @@ OPTIMIZERS = {
 }
 
 
+TRANSFERS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
 def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
-    """Tanh between dense layers, but for a linear code, to logits."""
+    """A transfer function between dense layers, but for a linear code, to logits."""
     model = nn.Sequential()
     for linear, after in linear_layers(weights):
         model.append(linear)
-        if after == "tanh":
-            model.append(nn.Tanh())
+        if after in TRANSFERS:
+            model.append(TRANSFERS[after]())
     return model
 
 

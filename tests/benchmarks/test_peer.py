@@ -13,19 +13,30 @@ IMAGES = np.arange(8.0).reshape(4, 2)
 ORDER = np.asarray([[0, 1], [2, 3], [3, 3]])
 SCRIPT = """
 import sys
+import time
+from functools import cache
+
+import numpy as np
+
 sys.path.insert(0, {folder!r})
 from protocol import Trainer, serve
+
+compile = cache(time.sleep)
+held = []
 
 
 def make(arrays, settings):
     if settings.get("broken"):
         raise ValueError("broken")
+    assert arrays["transfer"] == settings.get("wanted", "tanh")
     scale = settings["scale"] * arrays["kernel_0"][0, 0]
-    return Trainer(
-        lambda images: float(scale * images.sum()),
-        lambda images: float(images.mean()),
-        lambda: 2.0,
-    )
+
+    def step(images):
+        compile(settings.get("first_step", 0.0))
+        held.append(np.ones(settings.get("held", 0)))
+        return float(scale * images.sum())
+
+    return Trainer(step, lambda images: float(images.mean()), lambda: 2.0)
 
 
 serve(make, ())
@@ -38,9 +49,15 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "echo.py").write_text(script)
     monkeypatch.setattr(peer, "FOLDER", tmp_path)
 
-    def start(**settings):
+    def start(transfer="tanh", **settings):
         return peer.start(
-            Path(sys.executable), "echo", PARAMS, IMAGES, ORDER, settings=settings
+            Path(sys.executable),
+            "echo",
+            PARAMS,
+            IMAGES,
+            ORDER,
+            transfer=transfer,
+            settings=settings,
         )
 
     return start
@@ -53,8 +70,30 @@ def test_a_peer_trains_batch_by_batch_and_evaluates(start):
         answer = running.ask(steps=2)
         assert answer["losses"] == [6.0 * (4 + 5 + 6 + 7), 6.0 * 2 * (6 + 7)]
         assert len(answer["seconds"]) == 2
-        expected = {"train_loss": 3.5, "test_loss": 1.5, "state_size": 2.0}
-        assert running.ask(evaluate=True) == expected
+        answer = running.ask(evaluate=True)
+        about = answer.pop("about")
+        assert answer == {"train_loss": 3.5, "test_loss": 1.5}
+        assert about["state_size"] == 2.0
+        assert about["peak_size"] >= 0
+
+
+def test_a_peer_compiles_before_it_is_timed(start):
+    with start(scale=2.0, first_step=0.5) as running:
+        assert sum(running.ask(steps=3)["seconds"]) < 0.5
+        compiled = running.ask(evaluate=True)["about"]["compile_seconds"]
+        assert compiled >= 0.5
+
+
+def test_a_peer_tells_what_memory_it_takes(start):
+    few, numbers = 6 * 8, 10**7  # bytes of the parameters, numbers held by each step
+    with start(scale=2.0, held=numbers) as running:
+        peak = running.ask(evaluate=True)["about"]["peak_size"]
+    assert 6 * 8 * numbers <= peak * few <= 8 * 8 * numbers
+
+
+def test_a_peer_is_told_the_transfer_function(start):
+    with start(transfer="relu", scale=2.0, wanted="relu") as running:
+        assert running.ask(steps=1)["losses"]
 
 
 def test_a_peer_that_fails_says_why(start):
