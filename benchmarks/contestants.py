@@ -214,8 +214,8 @@ CONTESTANTS: dict[str, Contestant] = {
         _automatic,
         {
             "gamma": Range(0.1, 3.0, 1.0),
-            "target_damping": Range(0.01, 1.0, 0.1),
-            "damping": Range(0.01, 1.0, 0.1),
+            "target_damping": Range(0.01, 10.0, 0.1),
+            "damping": Range(0.01, 10.0, 0.1),
             "first_damping": Range(0.1, 100.0, 1.0),
         },
         needs=frozenset({"intermediates", "sampled", "functions"}),
