@@ -1,4 +1,4 @@
-"""The optimizers that the autoencoder benchmark compares, and where each is tuned.
+"""The optimizers that the benchmarks compare, and where each is tuned.
 
 Every contestant is a function of the number of steps and of its settings. A space says
 what optuna draws them from, and which are tried first and stand if none are given.
@@ -7,6 +7,7 @@ what optuna draws them from, and which are tried first and stand if none are giv
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 from optax import contrib
 
@@ -91,12 +92,42 @@ def _locoprop(
     damping: float,
     num_steps: int,
     momentum: float,
+    fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
         solver=loco.solvers.majorized_newton(num_steps, damping),
         momentum=momentum,
+        fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
+    )
+
+
+def kernels(params: Any) -> Any:
+    """What Muon orthogonalizes: each kernel as a matrix from inputs to outputs."""
+
+    def axes(path, leaf):
+        if path[-1].key != "kernel":
+            return None
+        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map_with_path(axes, params)
+
+
+def _muon(
+    steps: int,
+    *,
+    learning_rate: float,
+    adam_learning_rate: float | None = None,
+    **settings: Any,
+) -> optax.GradientTransformation:
+    rates = (learning_rate, adam_learning_rate or learning_rate)
+    muon_rate, adam_rate = (warmup_then_linear(rate, steps) for rate in rates)
+    return contrib.muon(
+        muon_rate,
+        adam_learning_rate=adam_rate,
+        muon_weight_dimension_numbers=kernels,
+        **settings,
     )
 
 
@@ -128,6 +159,15 @@ PAPER: Space = {
     "activation_learning_rate": Range(1.0, 100.0, 10.0),
     "num_local_steps": Choice((5, 10, 20), 10),
 }
+LOCOPROP: Space = {
+    "learning_rate": Range(0.01, 1.0, 0.1),
+    "gamma": Range(0.01, 0.5, 0.05),
+    "damping": Range(0.01, 1.0, 0.1),
+    "num_steps": Choice((1, 2, 3), 2),
+    "momentum": MOMENTUM,
+}
+MUON: Space = {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM}
+MIXED = ("muon_and_adam", "locoprop_and_adamw")  # for models that are more than layers
 BETAS: Space = {
     "learning_rate": RATE,
     "b1": MOMENTUM,
@@ -168,10 +208,11 @@ CONTESTANTS: dict[str, Contestant] = {
         _scheduled(optax.adamw),
         {**BETAS, "weight_decay": Range(1e-6, 1e-2, 1e-4)},
     ),
-    "muon": Contestant(
-        "Muon",
-        _scheduled(contrib.muon),
-        {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM},
+    "muon": Contestant("Muon", _muon, MUON),
+    "muon_and_adam": Contestant(
+        "Muon, Adam for the rest",
+        _muon,
+        {**MUON, "adam_learning_rate": Range(1e-4, 1e-1, 1e-3)},
     ),
     "lbfgs": Contestant(
         "L-BFGS",
@@ -198,15 +239,12 @@ CONTESTANTS: dict[str, Contestant] = {
         needs=INTERMEDIATES,
     ),
     "locoprop": Contestant(
-        "locoprop (our defaults)",
+        "locoprop (our defaults)", _locoprop, LOCOPROP, needs=INTERMEDIATES
+    ),
+    "locoprop_and_adamw": Contestant(
+        "locoprop, AdamW for the rest",
         _locoprop,
-        {
-            "learning_rate": Range(0.01, 1.0, 0.1),
-            "gamma": Range(0.01, 0.5, 0.05),
-            "damping": Range(0.01, 1.0, 0.1),
-            "num_steps": Choice((1, 2, 3), 2),
-            "momentum": MOMENTUM,
-        },
+        {**LOCOPROP, "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)},
         needs=INTERMEDIATES,
     ),
     "locoprop_automatic": Contestant(

@@ -6,6 +6,7 @@ what enters it to bfloat16, as an accelerator does, and sums in float32.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import locoprop_optax as loco
-from benchmarks import autoencoder, datasets, report
+from benchmarks import autoencoder, comparison, report
 from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
 from benchmarks.provenance import provenance
 from benchmarks.training import make_task
@@ -59,20 +60,18 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
                 needs=frozenset({"intermediates"}),
             )
             names.append(key)
-    images = datasets.load(options.data, options.data_dir, options.train_size)
-    model, size = autoencoder.model_of(options), options.batch_size
-    steps = options.epochs * (len(images.train) // size)
-    task = make_task(model, images, steps=steps, batch_size=size, seed=0)
+    problem, size = autoencoder.load(options), options.batch_size
+    count = len(problem.train.inputs)
+    steps = options.rounds * (count // size)
+    task = make_task(problem, steps=steps, batch_size=size, seed=0)
     settings = {
-        "data": options.data,
-        "train_images": len(images.train),
-        "epochs": options.epochs,
+        **autoencoder.settings_of(options, problem),
+        "train_images": count,
         "batch_size": size,
-        "hidden": list(model.hidden),
     }
     made = provenance()
-    results = autoencoder.train(
-        task, names, epochs=options.epochs, settings={}, interpreters={}
+    results = comparison.train(
+        task, names, rounds=options.rounds, settings={}, interpreters={}
     )
     return [{**result, "settings": settings, "made": made} for result in results]
 
@@ -97,8 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    autoencoder.add_task_arguments(parser)
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the images")
+    autoencoder.add_arguments(parser)
+    add = parser.add_argument
+    add("--batch-size", type=int, default=1000, help="images a step")
+    add("--epochs", dest="rounds", type=int, default=10, help="passes over the images")
+    add("--output", type=Path, default=Path("out"), help="the folder for results")
     parser.set_defaults(train_size=20_000)
     options = parser.parse_args(arguments)
     round_on_cpu()

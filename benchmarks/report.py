@@ -37,12 +37,23 @@ COLUMNS = ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam")
 def title(results: Results) -> str:
     """What was trained on what."""
     settings = results[0]["settings"]
+    model = settings.get("model", "deep autoencoder")
     seeds = len({result["settings"].get("seed", 0) for result in results})
+    unit = unit_of(results)
     return (
-        f"{settings['data']}, {settings['train_images']} images, "
-        f"batch {settings['batch_size']}, {settings['epochs']} epochs"
+        f"{model} on {settings['data']}, {settings['train_images']} "
+        f"{settings.get('examples', 'images')}, "
+        f"batch {settings['batch_size']}, {settings[f'{unit}s']} {unit}s"
         + (f", {seeds} seeds" if seeds > 1 else "")
     )
+
+
+def unit_of(results: Results) -> str:
+    """What training is measured in: epochs, or steps where it has less than one."""
+    return "epoch" if "epochs" in results[0]["settings"] else "step"
+
+
+KEYS = {"epoch": "epoch", "step": "steps", "second": "seconds"}  # of points
 
 
 def by_optimizer(results: Results) -> dict[str, Results]:
@@ -99,7 +110,7 @@ def _mean_and_range(values: Sequence[float]) -> str:
 
 def print_table(results: Results) -> None:
     """Shows the results in the terminal."""
-    table = Table("optimizer", title=f"Deep autoencoder on {title(results)}")
+    table = Table("optimizer", title=title(results))
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in rows(results):
@@ -114,15 +125,16 @@ def markdown(results: Results) -> str:
 
 
 def milestones(results: Results) -> str:
-    """Mean training losses at equal epochs and at equal seconds, in Markdown.
+    """Mean training losses at equal epochs or steps and at equal seconds, in Markdown.
 
-    The seconds are shares of what the median optimizer took for all epochs.
+    The seconds are shares of what the median optimizer took for all of it.
     """
     groups = {
         n: g for n, g in by_optimizer(results).items() if all(r["curve"] for r in g)
     }
-    total = max(point["epoch"] for r in results for point in r["curve"])
-    epochs = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
+    unit = unit_of(results)
+    total = max(point[KEYS[unit]] for r in results for point in r["curve"])
+    counts = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
     ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in g]
     seconds = [float(f"{np.median(ends) * share:.1g}") for share in (0.25, 0.5, 1.0)]
 
@@ -130,7 +142,7 @@ def milestones(results: Results) -> str:
         points = [p for p in run["curve"] if p[key] <= limit]
         return points[-1]["train_loss"]
 
-    header = [f"epoch {e}" for e in epochs] + [f"{s:g} s" for s in seconds]
+    header = [f"{unit} {count}" for count in counts] + [f"{s:g} s" for s in seconds]
     about = {
         "state_size": "state / parameters",
         "peak_size": "memory / parameters",
@@ -139,7 +151,9 @@ def milestones(results: Results) -> str:
     columns = [*header, *about.values()]
     lines = [("training loss", *columns), ("---", *["---:"] * len(columns))]
     for name, runs in groups.items():
-        marks = [("epoch", e) for e in epochs] + [("seconds", s) for s in seconds]
+        marks = [(KEYS[unit], at) for at in counts] + [
+            ("seconds", at) for at in seconds
+        ]
         means = [np.mean([reached(r, key, at) for r in runs]) for key, at in marks]
         known = [runs[0].get(key) for key in about]
         lines.append(
@@ -153,12 +167,13 @@ def milestones(results: Results) -> str:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Draws the loss against epochs and against seconds, means over seeds."""
+    """Draws the loss against epochs or steps and against seconds, means over seeds."""
     groups = {n: [r for r in g if r["curve"]] for n, g in by_optimizer(results).items()}
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, key in ((left, "epoch"), (right, "seconds")):
+        unit = unit_of(results)
+        for axes, key in ((left, KEYS[unit]), (right, "seconds")):
             for i, (name, runs) in enumerate((n, g) for n, g in groups.items() if g):
                 shared = min(len(run["curve"]) for run in runs)
 
@@ -171,14 +186,14 @@ def plot_curves(results: Results, path: Path) -> None:
                 train, test = mean("train_loss"), mean("test_loss")
                 axes.plot(mean(key), train, dashes, label=label(name), **style)
                 axes.plot(mean(key), test, ":", alpha=0.8, **style)
-            axes.set_xlabel(f"{key}s" if key == "epoch" else "seconds of training")
+            axes.set_xlabel(f"{unit}s" if axes is left else "seconds of training")
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
         left.set_ylabel("loss (dotted: test)")
         left.legend(frameon=False, fontsize=8 if len(groups) < 6 else 5)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
-        figure.suptitle(f"Deep autoencoder: {title(results)}; {where}", fontsize=10)
+        figure.suptitle(f"{title(results)}; {where}", fontsize=10)
         figure.savefig(path, dpi=150)
 
 

@@ -1,36 +1,62 @@
-"""Training the autoencoder with one contestant: in this process, or in a peer's."""
+"""Training with one contestant: in this process, or in a peer's."""
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import locoprop_optax as loco
-from benchmarks import datasets, peer
+from benchmarks import peer
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.network import Autoencoder, cross_entropy, reconstruction_loss
+
+
+class Examples(NamedTuple):
+    """Inputs and targets, one example a row."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class Problem(NamedTuple):
+    """What is to be learned.
+
+    Attributes:
+      model: from inputs to outputs.
+      cost: from outputs and targets to the loss, a mean over examples.
+      sample: from a key and outputs to targets drawn from the model's own likelihood.
+      train: the training examples.
+      test: examples that are held out.
+      measured: on how many of the training examples, the first, their loss is measured.
+    """
+
+    model: nn.Module
+    cost: Callable[[Any, Any], jax.Array]
+    sample: Callable[[jax.Array, Any], Any]
+    train: Examples
+    test: Examples
+    measured: int
 
 
 class Task(NamedTuple):
     """What all contestants have alike.
 
     Attributes:
-      model: the network.
+      problem: what is to be learned.
       params: where all start.
-      images: for training and for testing.
-      order: the rows of the training images in each batch, one row a step.
+      order: the rows of the training examples in each batch, one row a step.
     """
 
-    model: Autoencoder
+    problem: Problem
     params: Any
-    images: datasets.Images
     order: np.ndarray
 
 
@@ -49,7 +75,7 @@ class Trainer(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """`train_loss` and `test_loss`, the means over all images."""
+        """`train_loss` and `test_loss`, means over examples."""
         ...
 
     def described(self) -> dict[str, Any]:
@@ -57,29 +83,23 @@ class Trainer(Protocol):
         ...
 
 
-def make_task(
-    model: Autoencoder,
-    images: datasets.Images,
-    *,
-    steps: int,
-    batch_size: int,
-    seed: int,
-) -> Task:
+def make_task(problem: Problem, *, steps: int, batch_size: int, seed: int) -> Task:
     """Draws the first weights and all batches, epoch after epoch.
 
     Raises:
-      ValueError: if there are fewer images than one batch holds.
+      ValueError: if there are fewer examples than one batch holds.
     """
-    batches = len(images.train) // batch_size
+    inputs = problem.train.inputs
+    batches = len(inputs) // batch_size
     if batches < 1:
-        raise ValueError(f"{len(images.train)} images make no batch of {batch_size}.")
-    params = model.init(jax.random.key(seed), images.train[:1])["params"]
+        raise ValueError(f"{len(inputs)} examples make no batch of {batch_size}.")
+    params = problem.model.init(jax.random.key(seed), inputs[:1])["params"]
     rng = np.random.default_rng(seed)
     epochs = [
-        rng.permutation(len(images.train))[: batches * batch_size].reshape(batches, -1)
+        rng.permutation(len(inputs))[: batches * batch_size].reshape(batches, -1)
         for _ in range(math.ceil(steps / batches))
     ]
-    return Task(model, params, images, np.concatenate(epochs)[:steps])
+    return Task(problem, params, np.concatenate(epochs)[:steps])
 
 
 @contextmanager
@@ -117,10 +137,10 @@ def start(
         interpreter,
         contestant.peer,
         task.params,
-        task.images.train,
+        task.problem.train.inputs,
         task.order,
-        test=task.images.test,
-        transfer=task.model.transfer,
+        test=task.problem.test.inputs,
+        transfer=getattr(task.problem.model, "transfer", ""),
         settings=made,
     ) as running:
         yield _Remote(running)
@@ -156,50 +176,60 @@ class _Local:
         made = contestant.make(len(task.order), **settings)
         self._tx = optax.with_extra_args_support(made)
         self._contestant, self._task, self._done = contestant, task, 0
-        self._images = jnp.asarray(task.images.train)
+        self._train, self._test = (
+            Examples(*map(jnp.asarray, examples))
+            for examples in (task.problem.train, task.problem.test)
+        )
         start = (task.params, self._tx.init(task.params), jax.random.key(0))
         self._carry = jax.tree.map(jnp.copy, start)
         began = time.perf_counter()
         lowered = jax.jit(self._step, donate_argnums=0).lower(
-            self._carry, self._images[task.order[0]]
+            self._carry, self._batch(task.order[0])
         )
         self._compiled = lowered.compile()
         self._compile_seconds = time.perf_counter() - began
-        self._loss = jax.jit(
-            lambda p, images: reconstruction_loss(task.model, p, images)
-        )
+        self._loss = jax.jit(self._loss_of)
 
-    def _step(self, carry: Any, images: jax.Array) -> tuple[Any, jax.Array]:
+    def _batch(self, rows: Any) -> Examples:
+        return Examples(*(part[rows] for part in self._train))
+
+    def _loss_of(self, params: Any, examples: Examples) -> jax.Array:
+        problem = self._task.problem
+        outputs = problem.model.apply({"params": params}, examples.inputs)
+        return problem.cost(outputs, examples.targets)
+
+    def _step(self, carry: Any, batch: Examples) -> tuple[Any, jax.Array]:
         params, state, key = carry
         key, now = jax.random.split(key)
-        needs, model = self._contestant.needs, self._task.model
-        part = images[: round(self._contestant.curvature_share * len(images))]
+        needs, problem = self._contestant.needs, self._task.problem
+        count = round(self._contestant.curvature_share * len(batch.inputs))
+        inputs, targets = (part[:count] for part in batch)
 
-        def loss_fn(params):
-            return reconstruction_loss(model, params, images)
-
-        def sampled_loss_fn(params):
-            logits = model.apply({"params": params}, part)
-            sampled = jax.random.bernoulli(now, jax.nn.sigmoid(logits))
-            return cross_entropy(logits, sampled.astype(logits.dtype))
+        def sampled_loss(params):
+            outputs = problem.model.apply({"params": params}, inputs)
+            sampled = problem.sample(now, jax.lax.stop_gradient(outputs))
+            return problem.cost(outputs, sampled)
 
         extra: dict[str, Any] = {}
         if "intermediates" in needs:
-            loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
-            extra["intermediates"] = intermediates
+            capture = loco.linen.value_and_grad(self._loss_of)
+            loss, grads, extra["intermediates"] = capture(params, batch)
         else:
-            loss, grads = jax.value_and_grad(loss_fn)(params)
+            loss, grads = jax.value_and_grad(self._loss_of)(params, batch)
         if "sampled" in needs:
-            _, _, sampled = loco.linen.value_and_grad(sampled_loss_fn)(params)
+            _, _, sampled = loco.linen.value_and_grad(sampled_loss)(params)
             both = loco.add_sampled_cotangents(extra["intermediates"], sampled)
             extra["intermediates"] = both
         if "functions" in needs:
             functions = loco.linen.model_and_loss(
-                model.apply, lambda out: cross_entropy(out, part), part
+                problem.model.apply,
+                lambda outputs: problem.cost(outputs, targets),
+                inputs,
             )
             extra |= {"model_fn": functions.model_fn, "loss_fn": functions.loss_fn}
         if "value" in needs:
-            extra |= {"value": loss, "grad": grads, "value_fn": loss_fn}
+            value_fn = partial(self._loss_of, examples=batch)
+            extra |= {"value": loss, "grad": grads, "value_fn": value_fn}
         updates, state = self._tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state, key), loss
 
@@ -207,7 +237,7 @@ class _Local:
         """Takes the next steps."""
         trained = Trained([], [])
         for rows in self._task.order[self._done : self._done + steps]:
-            batch = jax.block_until_ready(self._images[rows])
+            batch = jax.block_until_ready(self._batch(rows))
             began = time.perf_counter()
             self._carry, loss = jax.block_until_ready(
                 self._compiled(self._carry, batch)
@@ -219,16 +249,21 @@ class _Local:
 
     def evaluate(self) -> dict[str, float]:
         """The mean losses."""
+        measured = Examples(*(x[: self._task.problem.measured] for x in self._train))
         return {
-            "train_loss": self._mean_loss(self._task.images.train),
-            "test_loss": self._mean_loss(self._task.images.test),
+            "train_loss": self._mean_loss(measured),
+            "test_loss": self._mean_loss(self._test),
         }
 
-    def _mean_loss(self, images: np.ndarray) -> float:
-        size = len(self._task.order[0])
-        parts = [images[i : i + size] for i in range(0, len(images), size)]
+    def _mean_loss(self, examples: Examples) -> float:
+        size, count = len(self._task.order[0]), len(examples.inputs)
+        parts = [
+            Examples(*(x[i : i + size] for x in examples))
+            for i in range(0, count, size)
+        ]
         losses = [float(self._loss(self._carry[0], part)) for part in parts]
-        return float(np.average(losses, weights=[len(part) for part in parts]))
+        weights = [len(part.inputs) for part in parts]
+        return float(np.average(losses, weights=weights))
 
     def described(self) -> dict[str, Any]:
         """The state and the memory in multiples of the parameters, compilation."""

@@ -1,4 +1,4 @@
-"""Tunes every contestant of the autoencoder benchmark alike, with optuna.
+"""Tunes every contestant of a benchmark alike, with optuna.
 
 Each gets the same number of trials and of steps, over the space that
 `benchmarks.contestants` gives it, where the first trial stands, too. The training loss
@@ -20,16 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import datasets
-from benchmarks.autoencoder import (
-    add_task_arguments,
-    interpreters_of,
-    model_of,
-    stem_of,
-)
+from benchmarks import autoencoder, cnn, transformer
+from benchmarks.comparison import add_arguments, interpreters_of
 from benchmarks.contestants import CONTESTANTS, Choice, Space
 from benchmarks.provenance import provenance
 from benchmarks.training import Task, make_task, start
+
+BENCHMARKS = {b.name: b for b in (m.BENCHMARK for m in (autoencoder, cnn, transformer))}
 
 
 def draw(trial: optuna.Trial, space: Space) -> dict[str, Any]:
@@ -56,14 +53,14 @@ def loss_after(
     Raises:
       optuna.TrialPruned: if the loss of some quarter is behind that of other trials.
     """
-    quarter = math.ceil(len(task.order) / 4)
     with start(name, task, settings, interpreters) as trainer:
-        for done in range(1, 5):
-            losses = trainer.train(quarter).losses
+        parts = [part for part in np.array_split(task.order, 4) if len(part)]
+        for done, part in enumerate(parts, 1):
+            losses = trainer.train(len(part)).losses
             if not np.all(np.isfinite(losses)):
                 return math.inf
             trial.report(float(np.mean(losses)), done)
-            if done < 4 and trial.should_prune():
+            if done < len(parts) and trial.should_prune():
                 raise optuna.TrialPruned
         loss = trainer.evaluate()["train_loss"]
     return loss if math.isfinite(loss) else math.inf
@@ -76,23 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_task_arguments(parser)
-    add = parser.add_argument
-    add("--optimizers", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    add("--trials", type=int, default=15, help="of each optimizer")
-    add("--steps", type=int, default=60, help="of each trial")
+    parsers = parser.add_subparsers(dest="benchmark", required=True)
+    for benchmark in BENCHMARKS.values():
+        one = parsers.add_parser(
+            benchmark.name, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        add_arguments(one, benchmark)
+        one.set_defaults(optimizers=list(benchmark.optimizers))
+        one.add_argument("--trials", type=int, default=12, help="of each optimizer")
+        one.add_argument("--steps", type=int, default=60, help="of each trial")
     options = parser.parse_args(arguments)
+    benchmark = BENCHMARKS[options.benchmark]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = provenance()
-    images = datasets.load(options.data, options.data_dir, options.train_size)
     task = make_task(
-        model_of(options),
-        images,
+        benchmark.problem(options),
         steps=options.steps,
         batch_size=options.batch_size,
         seed=1000,  # none of those that the benchmark reports
     )
-    stem = stem_of(options, "tuned")
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / f"tuned_{benchmark.stem(options)}"
     path = stem.with_suffix(".json")
     chosen = json.loads(path.read_text()) if path.exists() else {}
     with Progress() as progress:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import autoencoder, peer, report
 from benchmarks.contestants import CONTESTANTS, warmup_then_linear
+from benchmarks.provenance import provenance
 
 
 def test_the_whole_command(tmp_path, capsys):
@@ -29,13 +30,13 @@ def test_the_whole_command(tmp_path, capsys):
 
 def test_no_path_of_a_machine_in_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--data-dir", str(tmp_path / "images")])
-    made = autoencoder.provenance()
+    made = provenance()
     assert str(tmp_path) not in json.dumps(made)
     assert "images" in made["command"]
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match="20 images make no batch of 1000"):
+    with pytest.raises(ValueError, match="20 examples make no batch of 1000"):
         autoencoder.main(["--train-size", "20"])
 
 

@@ -7,6 +7,7 @@ from benchmarks import report
 def test_the_whole_command(tmp_path):
     """In a process of its own, whose products round."""
     options = ["--width", "0.02", "--train-size", "2000", "--epochs", "2"]
+    options += ["--batch-size", "100"]  # enough steps for roundings to tell
     command = [sys.executable, "-m", "benchmarks.precision", *options]
     subprocess.run([*command, "--output", str(tmp_path)], check=True)
     results = report.read_results(tmp_path / "precision.jsonl")

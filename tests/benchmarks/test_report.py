@@ -30,7 +30,8 @@ def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
         curve = [
             {"epoch": e, "seconds": e * seconds, "train_loss": x} for e, x in points
         ]
-        return {"optimizer": name, "curve": curve, "state_size": 2.0}
+        settings = {"epochs": 4}
+        return {"optimizer": name, "curve": curve, "settings": settings}
 
     slow = run("locoprop", 10.0, [9, 4, 3, 2, 1])
     fast = [run("adam", 2.5, [9, 8 + d, 7 + d, 6 + d, 5 + d]) for d in (-1, 1)]

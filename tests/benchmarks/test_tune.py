@@ -5,7 +5,7 @@ import numpy as np
 import optuna
 import pytest
 
-from benchmarks import autoencoder, report, tune
+from benchmarks import autoencoder, datasets, report, tune
 from benchmarks.contestants import CONTESTANTS, Choice
 from benchmarks.network import Autoencoder
 from benchmarks.training import make_task, start
@@ -17,9 +17,8 @@ def small_task(steps=3):
     rng = np.random.default_rng(0)
     images = [rng.uniform(size=(n, 784)).astype(np.float32) for n in (40, 10)]
     model = Autoencoder((8, 4, 8))
-    return make_task(
-        model, tune.datasets.Images(*images), steps=steps, batch_size=20, seed=0
-    )
+    problem = autoencoder.problem_of(datasets.Images(*images), model)
+    return make_task(problem, steps=steps, batch_size=20, seed=0)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.peer is None])
@@ -54,22 +53,22 @@ def test_what_is_tried_first_lies_in_the_space(name):
 
 def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     options = [*SMALL, "--optimizers", "sgd", "momentum", "--output", str(tmp_path)]
-    tune.main([*options, "--trials", "2"])
-    tune.main([*options, "--trials", "3"])
-    storage = f"sqlite:///{tmp_path / 'tuned_curves.sqlite'}"
+    tune.main(["autoencoder", *options, "--trials", "2"])
+    tune.main(["autoencoder", *options, "--trials", "3"])
+    storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
     study = optuna.load_study(study_name="sgd", storage=storage)
     assert len(study.trials) == 3
     assert study.trials[0].params == {"learning_rate": 1e-3}
-    chosen = json.loads((tmp_path / "tuned_curves.json").read_text())
+    chosen = json.loads((tmp_path / "tuned_autoencoder_curves.json").read_text())
     assert chosen["sgd"]["settings"] == study.best_params
     assert math.isfinite(chosen["momentum"]["train_loss"])
 
-    tune.main([*options[:-4], "adam", *options[-2:], "--trials", "1"])
-    kept = json.loads((tmp_path / "tuned_curves.json").read_text())
+    tune.main(["autoencoder", *options[:-4], "adam", *options[-2:], "--trials", "1"])
+    kept = json.loads((tmp_path / "tuned_autoencoder_curves.json").read_text())
     assert {name: kept[name] for name in chosen} == chosen
     assert set(kept) - set(chosen) == {"adam"}
 
-    settings = ["--settings", str(tmp_path / "tuned_curves.json")]
+    settings = ["--settings", str(tmp_path / "tuned_autoencoder_curves.json")]
     options = [o for o in options if o not in ("--steps", "4")]
     options += ["--epochs", "1", *settings]
     autoencoder.main([*options, "--seeds", "0"])
@@ -82,15 +81,15 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
 
 def test_trials_behind_the_median_end_early(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
-    tune.main([*options, "--trials", "8"])
-    storage = f"sqlite:///{tmp_path / 'tuned_curves.sqlite'}"
+    tune.main(["autoencoder", *options, "--trials", "8"])
+    storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
     trials = optuna.load_study(study_name="sgd", storage=storage).trials
     states = [trial.state.name for trial in trials]
     assert set(states) == {"COMPLETE", "PRUNED"}
     ended = trials[states.index("PRUNED")]
     assert ended.last_step < 4
     best = min(t.value for t in trials if t.state.name == "COMPLETE")
-    found = json.loads((tmp_path / "tuned_curves.json").read_text())["sgd"]
+    found = json.loads((tmp_path / "tuned_autoencoder_curves.json").read_text())["sgd"]
     assert found["train_loss"] == best
     assert found["failed_trials"] == 0
 

@@ -1,0 +1,142 @@
+"""A decoder-only character transformer on a text, trained by several optimizers.
+
+Three blocks of width 128 with four heads, context 64, gelu; a tenth of the text, its
+end, is held out. All start from the same weights, see the same batches in the same
+order, and take turns, so that their times are measured under the same conditions.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import comparison
+from benchmarks.contestants import MIXED
+from benchmarks.training import Examples, Problem
+
+MEASURED = 1024
+
+
+class Block(nn.Module):
+    """Causal attention, then two dense layers, each added to its input.
+
+    Attributes:
+      heads: of the attention.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From a sequence of vectors to another."""
+        width = x.shape[-1]
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+
+        y = nn.LayerNorm()(x)
+        q, k, v = (split(nn.Dense(width, name=name)(y)) for name in "qkv")
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + nn.Dense(width, name="out")(attended.reshape(x.shape))
+        y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(y)
+
+
+class Transformer(nn.Module):
+    """A language model of characters.
+
+    Attributes:
+      characters: how many there are.
+      width: of the vectors.
+      blocks: how many follow each other.
+      heads: of each attention.
+    """
+
+    characters: int
+    width: int = 128
+    blocks: int = 3
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        """From characters to the logits of those that follow."""
+        x = nn.Embed(self.characters, self.width)(text)
+        x = x + self.param(
+            "positions", nn.initializers.normal(0.02), (text.shape[-1], self.width)
+        )
+        for _ in range(self.blocks):
+            x = Block(self.heads)(x)
+        return nn.Dense(self.characters)(nn.LayerNorm()(x))
+
+
+def cross_entropy(logits: Any, labels: Any) -> jax.Array:
+    """Softmax cross-entropy, the mean over all labels."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses)
+
+
+def windows(text: np.ndarray, context: int) -> Examples:
+    """Characters, and those that follow each, in windows that do not overlap."""
+    count = (len(text) - 1) // context
+    inputs, targets = (text[i : i + count * context] for i in (0, 1))
+    return Examples(inputs.reshape(count, -1), targets.reshape(count, -1))
+
+
+def load(options: argparse.Namespace) -> Problem:
+    """The text in the folder that the command line names."""
+    path = options.data_dir / "input.txt"
+    if not path.exists():
+        raise ValueError(f"{path} is not there. Put the text there, as plain UTF-8.")
+    known, text = np.unique(list(path.read_text("utf-8")), return_inverse=True)
+    train, test = np.split(text.astype(np.int32), [round(0.9 * len(text))])
+    return Problem(
+        Transformer(len(known), options.width, options.blocks),
+        cross_entropy,
+        jax.random.categorical,
+        windows(train, options.context),
+        Examples(*(part[:MEASURED] for part in windows(test, options.context))),
+        MEASURED,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The text and the model."""
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="the folder with input.txt")
+    add("--context", type=int, default=64, help="characters seen at once")
+    add("--width", type=int, default=128, help="of the vectors")
+    add("--blocks", type=int, default=3, help="how many follow each other")
+    add("--round-steps", type=int, default=20, help="steps between measurements")
+
+
+def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]:
+    """What is trained on what."""
+    return {
+        "model": f"transformer, {options.blocks} blocks of width {options.width}",
+        "data": "a text",
+        "examples": f"windows of {options.context} characters",
+    }
+
+
+BENCHMARK = comparison.Benchmark(
+    name="transformer",
+    description=__doc__,
+    optimizers=("adamw", *MIXED),
+    default=("adamw", *MIXED),
+    batch_size=32,
+    add_arguments=add_arguments,
+    problem=load,
+    settings=settings_of,
+    stem=lambda options: "transformer",
+    round_steps=lambda options, problem: options.round_steps,
+)
+main = partial(comparison.main, BENCHMARK)
+
+if __name__ == "__main__":
+    main()
