@@ -132,17 +132,12 @@ def _muon(
 
 
 def _automatic(
-    steps: int,
-    *,
-    gamma: float,
-    target_damping: float,
-    damping: float,
-    first_damping: float,
+    steps: int, *, target_damping: float, damping: float, first_damping: float
 ) -> optax.GradientTransformation:
-    del steps  # no rate, no schedule
+    del steps  # no rate, no schedule, and the length of one local step has no effect
     return optax.chain(
         loco.scale_by_locoprop(
-            target=loco.targets.natural_gradient(gamma, target_damping),
+            target=loco.targets.natural_gradient(1.0, target_damping),
             solver=loco.solvers.majorized_newton(1, damping),
         ),
         loco.scale_by_quadratic_model(damping=first_damping),
@@ -251,9 +246,8 @@ CONTESTANTS: dict[str, Contestant] = {
         "locoprop, automatic steps",
         _automatic,
         {
-            "gamma": Range(0.1, 3.0, 1.0),
-            "target_damping": Range(0.01, 10.0, 0.1),
-            "damping": Range(0.01, 10.0, 0.1),
+            "target_damping": Range(0.01, 10.0, 0.5),
+            "damping": Range(0.01, 10.0, 1.0),
             "first_damping": Range(0.1, 100.0, 1.0),
         },
         needs=frozenset({"intermediates", "sampled", "functions"}),
@@ -262,7 +256,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "kfac": Contestant(
         "K-FAC, adaptive",
         _to_peer(adaptive=True),
-        {"damping": Range(1.0, 1000.0, 150.0)},
+        {"damping": Range(0.01, 1000.0, 150.0)},
         peer="kfac",
     ),
     "kfac_fixed": Contestant(
