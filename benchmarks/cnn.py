@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import comparison, datasets
-from benchmarks.contestants import MIXED
 from benchmarks.training import Examples, Problem
 from benchmarks.transformer import cross_entropy
 
@@ -89,7 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", type=Path, required=True, help="the folder with IDX files")
     add("--train-size", type=int, help="how many training images; all if not given")
     add("--channels", type=int, default=16, help="of the first stage")
-    add("--round-steps", type=int, default=20, help="steps between measurements")
 
 
 def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]:
@@ -100,17 +98,13 @@ def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]
     }
 
 
-BENCHMARK = comparison.Benchmark(
-    name="cnn",
-    description=__doc__,
-    optimizers=("adamw", *MIXED),
-    default=("adamw", *MIXED),
+BENCHMARK = comparison.every_few_steps(
+    "cnn",
+    __doc__,
     batch_size=128,
     add_arguments=add_arguments,
     problem=load,
     settings=settings_of,
-    stem=lambda options: "cnn",
-    round_steps=lambda options, problem: options.round_steps,
 )
 main = partial(comparison.main, BENCHMARK)
 

@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import Progress
 
 from benchmarks import report
+from benchmarks.contestants import MIXED
 from benchmarks.provenance import provenance
 from benchmarks.training import Problem, Task, Trainer, make_task, start
 
@@ -49,6 +50,46 @@ class Benchmark(NamedTuple):
     settings: Callable[[argparse.Namespace, Problem], dict[str, Any]]
     stem: Callable[[argparse.Namespace], str]
     round_steps: Callable[[argparse.Namespace, Problem], int]
+
+
+def every_few_steps(
+    name: str,
+    description: str,
+    *,
+    batch_size: int,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    problem: Callable[[argparse.Namespace], Problem],
+    settings: Callable[[argparse.Namespace, Problem], dict[str, Any]],
+) -> Benchmark:
+    """A model that is more than local layers, measured every few steps.
+
+    Args:
+      name: as in `Benchmark`, as all others.
+      description: as there.
+      batch_size: as there.
+      add_arguments: as there.
+      problem: as there.
+      settings: as there.
+    """
+
+    def add_all(parser):
+        add_arguments(parser)
+        parser.add_argument(
+            "--round-steps", type=int, default=20, help="steps between measurements"
+        )
+
+    return Benchmark(
+        name=name,
+        description=description,
+        optimizers=("adamw", *MIXED),
+        default=("adamw", *MIXED),
+        batch_size=batch_size,
+        add_arguments=add_all,
+        problem=problem,
+        settings=settings,
+        stem=lambda options: name,
+        round_steps=lambda options, problem: options.round_steps,
+    )
 
 
 @dataclass

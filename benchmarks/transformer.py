@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from benchmarks import comparison
-from benchmarks.contestants import MIXED
 from benchmarks.training import Examples, Problem
 
 MEASURED = 1024
@@ -112,7 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", type=int, default=64, help="characters seen at once")
     add("--width", type=int, default=128, help="of the vectors")
     add("--blocks", type=int, default=3, help="how many follow each other")
-    add("--round-steps", type=int, default=20, help="steps between measurements")
 
 
 def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]:
@@ -124,17 +122,13 @@ def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]
     }
 
 
-BENCHMARK = comparison.Benchmark(
-    name="transformer",
-    description=__doc__,
-    optimizers=("adamw", *MIXED),
-    default=("adamw", *MIXED),
+BENCHMARK = comparison.every_few_steps(
+    "transformer",
+    __doc__,
     batch_size=32,
     add_arguments=add_arguments,
     problem=load,
     settings=settings_of,
-    stem=lambda options: "transformer",
-    round_steps=lambda options, problem: options.round_steps,
 )
 main = partial(comparison.main, BENCHMARK)
 
