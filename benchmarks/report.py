@@ -53,7 +53,7 @@ def unit_of(results: Results) -> str:
     return "epoch" if "epochs" in results[0]["settings"] else "step"
 
 
-KEYS = {"epoch": "epoch", "step": "steps", "second": "seconds"}  # of points
+KEYS = {"epoch": "epoch", "step": "steps"}  # of points
 
 
 def by_optimizer(results: Results) -> dict[str, Results]:
