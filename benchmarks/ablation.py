@@ -1,10 +1,10 @@
 """What each part of LocoProp adds on the deep autoencoder.
 
-Two settings, `locoprop()` and the one without any rate, and both with one part changed
-at a time. Nothing is tuned.
+`locoprop()` and `locoprop_momentum()`, and both with one part changed at a time.
+Nothing is tuned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -12,68 +12,84 @@ import optax
 import locoprop_optax as loco
 from benchmarks import comparison
 from benchmarks.autoencoder import BENCHMARK as AUTOENCODER
-from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
+from benchmarks.contestants import (
+    CONTESTANTS,
+    CURVATURE,
+    INTERMEDIATES,
+    Contestant,
+    warmup_then_linear,
+)
 
-AUTOMATIC = CONTESTANTS["locoprop_automatic"]
 
-
-def scheduled(learning_rate: float = 0.1, **changed: Any) -> Contestant:
-    """`locoprop()` behind the schedule, something in it changed."""
+def automatic(decays: bool = False, **changed: Any) -> Contestant:
+    """`locoprop()`, something in it changed."""
 
     def make(steps: int) -> optax.GradientTransformation:
-        return loco.locoprop(warmup_then_linear(learning_rate, steps), **changed)
+        return loco.locoprop(
+            warmup_then_linear(1.0, steps) if decays else 1.0, **changed
+        )
 
-    return Contestant("", make, {}, needs=CONTESTANTS["locoprop"].needs)
+    return Contestant("", make, {}, needs=CURVATURE)
 
 
-def automatic(
-    curvature_share: float = AUTOMATIC.curvature_share,
-    model: Callable[[], optax.GradientTransformation] = loco.scale_by_quadratic_model,
-    **changed: Any,
-) -> Contestant:
-    """LocoProp in K-FAC's metric and without any rate, something in it changed."""
+def modelled(**changed: Any) -> Contestant:
+    """`locoprop()` written out, something in its quadratic model changed."""
 
     def make(steps: int) -> optax.GradientTransformation:
         del steps  # no schedule
-        usual = {
-            "target": loco.targets.natural_gradient(1.0, damping=0.5),
-            "solver": loco.solvers.majorized_newton(1, damping=1.0),
-        }
-        return optax.chain(loco.scale_by_locoprop(**{**usual, **changed}), model())
+        return optax.chain(
+            loco.scale_by_locoprop(
+                target=loco.targets.natural_gradient(1.0, damping=0.5),
+                solver=newton(1, 0.3),
+            ),
+            loco.scale_by_quadratic_model(
+                **{"damping": 0.0, "damping_decay": 1.0, **changed}
+            ),
+        )
 
-    needs = AUTOMATIC.needs
-    return Contestant("", make, {}, needs=needs, curvature_share=curvature_share)
+    return Contestant("", make, {}, needs=CURVATURE | {"functions"})
+
+
+def scheduled(learning_rate: float = 0.1, **changed: Any) -> Contestant:
+    """`locoprop_momentum()` behind the schedule, something in it changed."""
+
+    def make(steps: int) -> optax.GradientTransformation:
+        return loco.locoprop_momentum(
+            warmup_then_linear(learning_rate, steps), **changed
+        )
+
+    return Contestant("", make, {}, needs=INTERMEDIATES)
 
 
 def newton(num_steps: int, damping: float, **options: Any) -> loco.solvers.Solver:
-    """A short name for the solver that both settings share."""
+    """A short name for the solver that both share."""
     return loco.solvers.majorized_newton(num_steps, damping, **options)
 
 
 SQUARED = loco.losses.squared_loss()
 VARIANTS: dict[str, Contestant] = {
-    "locoprop()": scheduled(),
-    "squared loss": scheduled(loss=SQUARED),
-    "one local step": scheduled(solver=newton(1, 0.1)),
-    "five local steps": scheduled(solver=newton(5, 0.1)),
-    "damping 0.01": scheduled(solver=newton(2, 0.01)),
-    "damping 1": scheduled(solver=newton(2, 1.0)),
-    "no momentum, rate 1": scheduled(1.0, momentum=None),
-    "a number a unit": scheduled(target=loco.targets.normalized(0.05, by_unit=True)),
-    "γ = 0.2": scheduled(target=loco.targets.normalized(0.2)),
-    "automatic": automatic(),
-    "automatic, squared loss": automatic(loss=SQUARED),
-    "automatic, two local steps": automatic(solver=newton(2, 1.0)),
-    "automatic, dampings 0.05 and 0.1": automatic(
-        target=loco.targets.natural_gradient(1.0, damping=0.05),
-        solver=newton(1, 0.1),
+    "locoprop()": automatic(),
+    "squared loss": automatic(loss=SQUARED),
+    "two local steps": automatic(solver=newton(2, 0.3)),
+    "dampings 0.1": automatic(
+        target=loco.targets.natural_gradient(1.0, damping=0.1), solver=newton(1, 0.1)
     ),
-    "automatic, running curvature": automatic(solver=newton(1, 1.0, ema=0.9)),
-    "automatic, normalized": automatic(target=loco.targets.normalized(1.0)),
-    "automatic, no momentum": automatic(
-        model=lambda: loco.scale_by_quadratic_model(momentum=0.0)
+    "dampings 2": automatic(
+        target=loco.targets.natural_gradient(1.0, damping=2.0), solver=newton(1, 2.0)
     ),
-    "automatic, all of the batch": automatic(curvature_share=1.0),
+    "running curvature": automatic(solver=newton(1, 0.3, ema=0.9)),
+    "normalized targets": automatic(target=loco.targets.normalized(1.0)),
+    "rate that decays": automatic(decays=True),
+    "no momentum": modelled(momentum=0.0),
+    "λ that adapts": modelled(damping=1.0, damping_decay=0.95),
+    "locoprop_momentum()": scheduled(),
+    "momentum, squared loss": scheduled(loss=SQUARED),
+    "momentum, one local step": scheduled(solver=newton(1, 0.1)),
+    "momentum, five local steps": scheduled(solver=newton(5, 0.1)),
+    "momentum, damping 0.01": scheduled(solver=newton(2, 0.01)),
+    "momentum, damping 1": scheduled(solver=newton(2, 1.0)),
+    "none, rate 1": scheduled(1.0, momentum=None),
+    "momentum, γ = 0.2": scheduled(target=loco.targets.normalized(0.2)),
 }
 BENCHMARK = AUTOENCODER._replace(
     name="ablation",

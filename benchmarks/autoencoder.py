@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from benchmarks import comparison, datasets
 from benchmarks.contestants import CONTESTANTS, MIXED
 from benchmarks.network import NETWORKS, TRANSFERS, Autoencoder, cross_entropy
@@ -33,12 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def problem_of(images: datasets.Images, model: Autoencoder) -> Problem:
     """Images are to be reproduced."""
-
-    def sample(key, logits):
-        return jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(jnp.float32)
-
     train, test = (Examples(part, part) for part in images)
-    return Problem(model, cross_entropy, sample, train, test, len(images.train))
+    return Problem(model, cross_entropy, train, test, len(images.train))
 
 
 def model_of(options: argparse.Namespace) -> Autoencoder:
@@ -76,7 +69,7 @@ BENCHMARK = comparison.Benchmark(
     name="autoencoder",
     description=__doc__,
     optimizers=tuple(name for name in CONTESTANTS if name not in MIXED),
-    default=("adam", "locoprop_m", "locoprop"),
+    default=("adam", "locoprop_m", "locoprop_momentum", "locoprop"),
     batch_size=1000,
     add_arguments=add_arguments,
     problem=load,

@@ -75,7 +75,6 @@ def load(options: argparse.Namespace) -> Problem:
     return Problem(
         ResidualNetwork(options.channels),
         cross_entropy,
-        jax.random.categorical,
         train,
         test,
         len(test.inputs),

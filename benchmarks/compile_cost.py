@@ -28,7 +28,7 @@ from benchmarks.provenance import provenance
 
 MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "locoprop_m": partial(loco.locoprop_m, 1e-5),
-    "locoprop": loco.locoprop,
+    "locoprop_momentum": loco.locoprop_momentum,
 }
 
 

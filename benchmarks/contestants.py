@@ -47,18 +47,15 @@ class Contestant(NamedTuple):
       peer: the script in `benchmarks/peers` that runs it; None for an optimizer of this
         process.
       needs: what its update is given beside the gradient.
-      curvature_share: the part of the batch whose labels are sampled, and that the
-        functions are closed over.
     """
 
     label: str
     make: Callable[..., Any]
     space: Space
     peer: str | None = None
-    needs: frozenset[Literal["intermediates", "sampled", "functions", "value"]] = (
+    needs: frozenset[Literal["intermediates", "curvature", "functions", "value"]] = (
         frozenset()
     )
-    curvature_share: float = 1.0
 
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
@@ -87,6 +84,22 @@ def _scheduled(
 def _locoprop(
     steps: int,
     *,
+    target_damping: float,
+    damping: float,
+    decays: bool,
+    fallback_learning_rate: float = 1e-3,
+) -> optax.GradientTransformation:
+    return loco.locoprop(
+        warmup_then_linear(1.0, steps) if decays else 1.0,
+        target=loco.targets.natural_gradient(1.0, target_damping),
+        solver=loco.solvers.majorized_newton(1, damping),
+        fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
+    )
+
+
+def _locoprop_momentum(
+    steps: int,
+    *,
     learning_rate: float,
     gamma: float,
     damping: float,
@@ -94,7 +107,7 @@ def _locoprop(
     momentum: float,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
-    return loco.locoprop(
+    return loco.locoprop_momentum(
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
         solver=loco.solvers.majorized_newton(num_steps, damping),
@@ -131,30 +144,23 @@ def _muon(
     )
 
 
-def _automatic(
-    steps: int, *, target_damping: float, damping: float, first_damping: float
-) -> optax.GradientTransformation:
-    del steps  # no rate, no schedule, and the length of one local step has no effect
-    return optax.chain(
-        loco.scale_by_locoprop(
-            target=loco.targets.natural_gradient(1.0, target_damping),
-            solver=loco.solvers.majorized_newton(1, damping),
-        ),
-        loco.scale_by_quadratic_model(damping=first_damping),
-    )
-
-
 def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
     return lambda steps, **settings: {**fixed, "total_steps": steps, **settings}
 
 
 INTERMEDIATES = frozenset({"intermediates"})
+CURVATURE = frozenset({"intermediates", "curvature"})
 PAPER: Space = {
     "learning_rate": Range(1e-6, 1e-4, 1e-5),
     "activation_learning_rate": Range(1.0, 100.0, 10.0),
     "num_local_steps": Choice((5, 10, 20), 10),
 }
 LOCOPROP: Space = {
+    "target_damping": Range(0.05, 5.0, 0.5),
+    "damping": Range(0.03, 3.0, 0.3),
+    "decays": Choice((False, True), False),
+}
+LOCOPROP_MOMENTUM: Space = {
     "learning_rate": Range(0.01, 1.0, 0.1),
     "gamma": Range(0.01, 0.5, 0.05),
     "damping": Range(0.01, 1.0, 0.1),
@@ -162,7 +168,12 @@ LOCOPROP: Space = {
     "momentum": MOMENTUM,
 }
 MUON: Space = {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM}
-MIXED = ("muon_and_adam", "locoprop_and_adamw")  # for models that are more than layers
+FALLBACK: Space = {"fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)}
+MIXED = (  # for models that are more than layers
+    "muon_and_adam",
+    "locoprop_and_adamw",
+    "locoprop_momentum_and_adamw",
+)
 BETAS: Space = {
     "learning_rate": RATE,
     "b1": MOMENTUM,
@@ -234,24 +245,25 @@ CONTESTANTS: dict[str, Contestant] = {
         needs=INTERMEDIATES,
     ),
     "locoprop": Contestant(
-        "locoprop (our defaults)", _locoprop, LOCOPROP, needs=INTERMEDIATES
+        "locoprop (our defaults)", _locoprop, LOCOPROP, needs=CURVATURE
+    ),
+    "locoprop_momentum": Contestant(
+        "locoprop_momentum",
+        _locoprop_momentum,
+        LOCOPROP_MOMENTUM,
+        needs=INTERMEDIATES,
     ),
     "locoprop_and_adamw": Contestant(
         "locoprop, AdamW for the rest",
         _locoprop,
-        {**LOCOPROP, "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)},
-        needs=INTERMEDIATES,
+        {**LOCOPROP, **FALLBACK},
+        needs=CURVATURE,
     ),
-    "locoprop_automatic": Contestant(
-        "locoprop, automatic steps",
-        _automatic,
-        {
-            "target_damping": Range(0.01, 10.0, 0.5),
-            "damping": Range(0.01, 10.0, 1.0),
-            "first_damping": Range(0.1, 100.0, 1.0),
-        },
-        needs=frozenset({"intermediates", "sampled", "functions"}),
-        curvature_share=0.25,
+    "locoprop_momentum_and_adamw": Contestant(
+        "locoprop_momentum, AdamW for the rest",
+        _locoprop_momentum,
+        {**LOCOPROP_MOMENTUM, **FALLBACK},
+        needs=INTERMEDIATES,
     ),
     "kfac": Contestant(
         "K-FAC, adaptive",

@@ -22,7 +22,10 @@ from benchmarks.provenance import provenance
 from benchmarks.training import make_task
 
 BFLOAT16 = "BF16_BF16_F32"
-MAKERS = {"locoprop": (loco.locoprop, 0.1), "locoprop_m": (loco.locoprop_m, 1e-5)}
+MAKERS = {
+    "locoprop_momentum": (loco.locoprop_momentum, 0.1),
+    "locoprop_m": (loco.locoprop_m, 1e-5),
+}
 
 
 def round_on_cpu() -> None:

@@ -39,7 +39,7 @@ GROWTH = {
     "batch": (100, 1000, 4000, 16000),  # thousandths of the usual one
     "steps": (1, 5, 10, 20),
 }
-GROWN = ("adam", "locoprop_m", "locoprop_s", "locoprop")
+GROWN = ("adam", "locoprop_m", "locoprop_s", "locoprop_momentum")
 PEER_SETTINGS = {
     "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
     "kfac": ({"adaptive": True}, {"adaptive": False}),
@@ -50,10 +50,10 @@ VARIANTS: dict[str, Make] = {
     "muon": lambda steps: contrib.muon(1e-3),
     "locoprop_m": lambda steps: loco.locoprop_m(1e-5, num_local_steps=steps),
     "locoprop_s": lambda steps: loco.locoprop_s(1e-5, num_local_steps=steps),
-    "locoprop, 1 step": lambda steps: loco.locoprop(
+    "locoprop_momentum, 1 step": lambda steps: loco.locoprop_momentum(
         solver=loco.solvers.majorized_newton(1)
     ),
-    "locoprop": lambda steps: loco.locoprop(),
+    "locoprop_momentum": lambda steps: loco.locoprop_momentum(),
 }
 
 
@@ -202,7 +202,10 @@ def beside_peer(
     """Times and losses of steps on one batch, a peer's and ours in turns."""
     results = []
     for settings in PEER_SETTINGS[name]:
-        ours = {v: Step(v, widths, n, 10) for v in ("adam", "locoprop_m", "locoprop")}
+        ours = {
+            v: Step(v, widths, n, 10)
+            for v in ("adam", "locoprop_m", "locoprop_momentum")
+        }
         compiled = {variant: step.compile() for variant, step in ours.items()}
         adam = ours["adam"]
         seconds: dict[str, list[float]] = {v: [] for v in (*ours, name)}

@@ -12,11 +12,11 @@ from benchmarks.operations import unit_of
 
 COLUMNS = ("step", "operations, units", "XLA's count / ours", "× Adam's time")
 PEER_COLUMNS = (
-    *("peer", "its step / adam's", "/ locoprop_m's", "/ locoprop's"),
-    *("locoprop's / adam's", "loss", "locoprop_m's", "locoprop's"),
+    *("peer", "its step / adam's", "/ locoprop_m's", "/ locoprop_momentum's"),
+    *("locoprop_momentum's / adam's", "loss", "locoprop_m's", "locoprop_momentum's"),
 )
 GROWTH_COLUMNS = (
-    *("", "adam, s", "locoprop_m, s", "locoprop_s, s", "locoprop, s"),
+    *("", "adam, s", "locoprop_m, s", "locoprop_s, s", "locoprop_momentum, s"),
     *("records", "state", "temporary"),
 )
 
@@ -49,8 +49,11 @@ def peer_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             (
                 f"{name}, {settings}",
                 *(f"{taken[name] / taken[v]:.2f}" for v in taken if v != name),
-                f"{taken['locoprop'] / taken['adam']:.2f}",
-                *(f"{losses[v][-1]:.1f}" for v in (name, "locoprop_m", "locoprop")),
+                f"{taken['locoprop_momentum'] / taken['adam']:.2f}",
+                *(
+                    f"{losses[v][-1]:.1f}"
+                    for v in (name, "locoprop_m", "locoprop_momentum")
+                ),
             )
         )
     return table
@@ -72,7 +75,7 @@ def growth_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         for found in counted.values():
             predicted = sum(found["operations"].values()) / rate
             at.append(f"{found['seconds']:.3f} ({found['seconds'] / predicted:.2f})")
-        largest = counted["locoprop"]
+        largest = counted["locoprop_momentum"]
         params = largest["parameter_bytes"]
         at += [
             f"{largest[f'{part}_bytes'] / params:.1f}"

@@ -32,7 +32,6 @@ class Problem(NamedTuple):
     Attributes:
       model: from inputs to outputs.
       cost: from outputs and targets to the loss, a mean over examples.
-      sample: from a key and outputs to targets drawn from the model's own likelihood.
       train: the training examples.
       test: examples that are held out.
       measured: on how many of the training examples, the first, their loss is measured.
@@ -40,7 +39,6 @@ class Problem(NamedTuple):
 
     model: nn.Module
     cost: Callable[[Any, Any], jax.Array]
-    sample: Callable[[jax.Array, Any], Any]
     train: Examples
     test: Examples
     measured: int
@@ -180,7 +178,7 @@ class _Local:
             Examples(*map(jnp.asarray, examples))
             for examples in (task.problem.train, task.problem.test)
         )
-        start = (task.params, self._tx.init(task.params), jax.random.key(0))
+        start = (task.params, self._tx.init(task.params))
         self._carry = jax.tree.map(jnp.copy, start)
         began = time.perf_counter()
         lowered = jax.jit(self._step, donate_argnums=0).lower(
@@ -199,39 +197,31 @@ class _Local:
         return problem.cost(outputs, examples.targets)
 
     def _step(self, carry: Any, batch: Examples) -> tuple[Any, jax.Array]:
-        params, state, key = carry
-        key, now = jax.random.split(key)
+        params, state = carry
         needs, problem = self._contestant.needs, self._task.problem
-        count = round(self._contestant.curvature_share * len(batch.inputs))
-        inputs, targets = (part[:count] for part in batch)
-
-        def sampled_loss(params):
-            outputs = problem.model.apply({"params": params}, inputs)
-            sampled = problem.sample(now, jax.lax.stop_gradient(outputs))
-            return problem.cost(outputs, sampled)
-
         extra: dict[str, Any] = {}
         if "intermediates" in needs:
             capture = loco.linen.value_and_grad(self._loss_of)
             loss, grads, extra["intermediates"] = capture(params, batch)
         else:
             loss, grads = jax.value_and_grad(self._loss_of)(params, batch)
-        if "sampled" in needs:
-            _, _, sampled = loco.linen.value_and_grad(sampled_loss)(params)
-            both = loco.add_sampled_cotangents(extra["intermediates"], sampled)
-            extra["intermediates"] = both
+        if "curvature" in needs:
+            quarter = Examples(*(part[: -(-len(part) // 4)] for part in batch))
+            capture = loco.linen.value_and_grad(self._loss_of, curvature=True)
+            _, _, part = capture(params, quarter)
+            extra["intermediates"] = loco.add_curvature(extra["intermediates"], part)
         if "functions" in needs:
             functions = loco.linen.model_and_loss(
                 problem.model.apply,
-                lambda outputs: problem.cost(outputs, targets),
-                inputs,
+                lambda outputs: problem.cost(outputs, batch.targets),
+                batch.inputs,
             )
             extra |= {"model_fn": functions.model_fn, "loss_fn": functions.loss_fn}
         if "value" in needs:
             value_fn = partial(self._loss_of, examples=batch)
             extra |= {"value": loss, "grad": grads, "value_fn": value_fn}
         updates, state = self._tx.update(grads, state, params, **extra)
-        return (optax.apply_updates(params, updates), state, key), loss
+        return (optax.apply_updates(params, updates), state), loss
 
     def train(self, steps: int) -> Trained:
         """Takes the next steps."""
@@ -267,7 +257,7 @@ class _Local:
 
     def described(self) -> dict[str, Any]:
         """The state and the memory in multiples of the parameters, compilation."""
-        params, state = map(_bytes, self._carry[:2])
+        params, state = map(_bytes, self._carry)
         memory = self._compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return {

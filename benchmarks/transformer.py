@@ -97,7 +97,6 @@ def load(options: argparse.Namespace) -> Problem:
     return Problem(
         Transformer(len(known), options.width, options.blocks),
         cross_entropy,
-        jax.random.categorical,
         windows(train, options.context),
         Examples(*(part[:MEASURED] for part in windows(test, options.context))),
         MEASURED,

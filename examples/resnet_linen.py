@@ -65,7 +65,7 @@ def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(6e-2)),
-        "LocoProp": loco.locoprop(
+        "LocoProp": loco.locoprop_momentum(
             schedule(0.1),
             target=loco.targets.normalized(0.5),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),

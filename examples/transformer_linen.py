@@ -62,7 +62,7 @@ def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(1e-2)),
-        "LocoProp": loco.locoprop(
+        "LocoProp": loco.locoprop_momentum(
             schedule(0.1),
             target=loco.targets.normalized(0.2),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.03),

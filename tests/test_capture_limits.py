@@ -147,10 +147,10 @@ def test_kind_that_is_not_known():
     capture, params = capture_of(Model())
     _, grads, intermediates = capture(params)
     assert set(intermediates.layers) == {"layer"}
-    tx = loco.locoprop()
+    tx = loco.locoprop_momentum()
     with pytest.raises(ValueError, match=r"'mystery' owns a kernel.*`exclude=`"):
         tx.update(grads, tx.init(params), params, intermediates=intermediates)
-    tx = loco.locoprop(exclude="mystery")
+    tx = loco.locoprop_momentum(exclude="mystery")
     tx.update(grads, tx.init(params), params, intermediates=intermediates)
     model = Model()
 
@@ -240,7 +240,9 @@ def test_penalty_is_seen_by_the_check():
 def test_train_state():
     loss_fn, params, batch = regression()
     state = loco.linen.TrainState.create(
-        apply_fn=None, params=params, tx=optax.chain(loco.locoprop(), optax.identity())
+        apply_fn=None,
+        params=params,
+        tx=optax.chain(loco.locoprop_momentum(), optax.identity()),
     )
 
     @jax.jit
@@ -385,7 +387,7 @@ def test_layers_without_any_input_stay_where_they_are(build):
 
     capture, params = capture_of(Model())
     _, grads, intermediates = capture(params)
-    tx = loco.locoprop()
+    tx = loco.locoprop_momentum()
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
     (update,) = jax.tree.leaves(updates)
     assert bool(jnp.all(jnp.isfinite(update)))
@@ -422,6 +424,6 @@ def test_boxed_parameters():
     _, grads, intermediates = capture(params)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     loco.check_intermediates(params, grads, intermediates)
-    tx = loco.locoprop()
+    tx = loco.locoprop_momentum()
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
     assert jax.tree.structure(updates) == jax.tree.structure(params)

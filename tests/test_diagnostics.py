@@ -60,7 +60,7 @@ def test_off_by_default_and_without_effect_on_updates(make):
 
 def test_in_the_state_of_an_nnx_optimizer():
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh)
-    tx = loco.locoprop(diagnostics=True)
+    tx = loco.locoprop_momentum(diagnostics=True)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     def loss_fn(model, x):

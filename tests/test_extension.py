@@ -94,7 +94,7 @@ def steepest_descent(num_steps):
 
 def test_one_of_each_trains_a_model_together():
     loss_fn, params, batch = regression()
-    tx = loco.locoprop(
+    tx = loco.locoprop_momentum(
         0.5,
         loss=lambda transfer: HuberLoss(0.5),
         target=sign_target(0.05),

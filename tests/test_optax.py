@@ -13,7 +13,7 @@ from optax import contrib
 import locoprop_optax as loco
 from tests.helpers import regression, train_step
 
-BLOCK = loco.locoprop(0.2, momentum=None)
+BLOCK = loco.locoprop_momentum(0.2, momentum=None)
 
 
 def train(tx, steps=4, **extra):
@@ -135,7 +135,7 @@ def test_conditionally_transform_skips_the_block():
 
 def test_apply_if_finite_skips_a_broken_batch():
     loss_fn, params, (x, y) = regression()
-    tx = optax.apply_if_finite(loco.locoprop(), 3)
+    tx = optax.apply_if_finite(loco.locoprop_momentum(), 3)
     state = tx.init(params)
     step = jax.jit(train_step(loss_fn, tx))
     after, state, _ = step(params, state, (x.at[0, 0].set(jnp.nan), y))
@@ -147,7 +147,7 @@ def test_apply_if_finite_skips_a_broken_batch():
 
 def test_injected_schedules_reach_every_number():
     def make(learning_rate, gamma, damping, strength):
-        return loco.locoprop(
+        return loco.locoprop_momentum(
             learning_rate,
             momentum=None,
             target=loco.targets.normalized(gamma),
@@ -166,7 +166,7 @@ def test_injected_schedules_reach_every_number():
 
 
 def test_schedule_free_trains():
-    tx = contrib.schedule_free(loco.locoprop(0.3, momentum=None), 0.3, b1=0.9)
+    tx = contrib.schedule_free(loco.locoprop_momentum(0.3, momentum=None), 0.3, b1=0.9)
     loss_fn, params, batch = regression()
     trained, state = train(tx, steps=40)
     evaluated = contrib.schedule_free_eval_params(state, trained)
@@ -179,7 +179,7 @@ def test_flattened_parameters_are_an_error_that_explains():
 
 
 def test_dropped_extra_arguments_are_an_error_that_explains():
-    inner = loco.locoprop()
+    inner = loco.locoprop_momentum()
     dropping = optax.GradientTransformation(
         inner.init, lambda updates, state, params: inner.update(updates, state, params)
     )
@@ -187,7 +187,7 @@ def test_dropped_extra_arguments_are_an_error_that_explains():
         train(optax.with_extra_args_support(dropping))
 
 
-@pytest.mark.parametrize("tx", [loco.locoprop(), loco.locoprop_m(1e-3)])
+@pytest.mark.parametrize("tx", [loco.locoprop_momentum(), loco.locoprop_m(1e-3)])
 def test_joined_micro_batches_equal_the_large_batch(tx):
     loss_fn, params, (x, y) = regression(batch=12)
     capture = loco.linen.value_and_grad(loss_fn)
@@ -205,7 +205,7 @@ def test_joined_micro_batches_equal_the_large_batch(tx):
 
 def test_numbers_of_targets_and_solvers_can_be_injected():
     def make(damping, decay, tolerance):
-        return loco.locoprop(
+        return loco.locoprop_momentum(
             momentum=None,
             target=loco.targets.momentum(
                 loco.targets.natural_gradient(0.1, damping, decay), decay
@@ -221,9 +221,9 @@ def test_numbers_of_targets_and_solvers_can_be_injected():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda ema: loco.locoprop(solver=loco.solvers.exact(ema=ema)), "ema"),
+        (lambda ema: loco.locoprop_momentum(solver=loco.solvers.exact(ema=ema)), "ema"),
         (
-            lambda scale: loco.locoprop(
+            lambda scale: loco.locoprop_momentum(
                 regularizer=loco.regularizers.signed_entropy(1.0, scale)
             ),
             "scale",

@@ -21,7 +21,11 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize(
     "make",
-    [loco.locoprop, lambda: loco.locoprop_m(1e-3), lambda: loco.locoprop_s(1e-3)],
+    [
+        loco.locoprop_momentum,
+        lambda: loco.locoprop_m(1e-3),
+        lambda: loco.locoprop_s(1e-3),
+    ],
 )
 def test_training_lowers_the_loss(make):
     loss_fn, params, batch = regression(Normed(), batch=32)
@@ -38,7 +42,7 @@ def update_of(tx, loss_fn, params, batch):
     return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
 
 
-def test_locoprop_is_the_documented_chain():
+def test_locoprop_momentum_is_the_documented_chain():
     loss_fn, params, batch = regression()
     by_hand = optax.chain(
         loco.scale_by_locoprop(
@@ -52,7 +56,7 @@ def test_locoprop_is_the_documented_chain():
         optax.scale_by_learning_rate(0.1),
     )
     chex.assert_trees_all_close(
-        update_of(loco.locoprop(weight_decay=0.01), loss_fn, params, batch),
+        update_of(loco.locoprop_momentum(weight_decay=0.01), loss_fn, params, batch),
         update_of(by_hand, loss_fn, params, batch),
     )
 
@@ -60,11 +64,13 @@ def test_locoprop_is_the_documented_chain():
 def test_other_parameters_go_to_the_fallback():
     loss_fn, params, batch = regression(Normed())
     grads = jax.grad(loss_fn)(params, batch)
-    updates = update_of(loco.locoprop(fallback=optax.sgd(0.5)), loss_fn, params, batch)
+    updates = update_of(
+        loco.locoprop_momentum(fallback=optax.sgd(0.5)), loss_fn, params, batch
+    )
     chex.assert_trees_all_close(
         updates["norm"], jax.tree.map(lambda g: -0.5 * g, grads["norm"]), rtol=1e-5
     )
-    excluding = loco.locoprop(fallback=optax.sgd(0.5), exclude="first")
+    excluding = loco.locoprop_momentum(fallback=optax.sgd(0.5), exclude="first")
     updates = update_of(excluding, loss_fn, params, batch)
     chex.assert_trees_all_close(
         updates["first"], jax.tree.map(lambda g: -0.5 * g, grads["first"]), rtol=1e-5
@@ -89,7 +95,7 @@ def test_injected_hyperparameters_equal_plain_ones():
     loss_fn, params, batch = regression()
 
     def make(learning_rate, gamma, damping):
-        return loco.locoprop(
+        return loco.locoprop_momentum(
             learning_rate,
             target=loco.targets.normalized(gamma),
             solver=loco.solvers.majorized_newton(damping=damping),
@@ -123,7 +129,7 @@ def test_injecting_a_count_says_what_to_do():
 
 def test_state_maps_like_any_optax_state():
     _, params, _ = regression()
-    for tx in (loco.locoprop(), loco.locoprop_m(1e-3)):
+    for tx in (loco.locoprop_momentum(), loco.locoprop_m(1e-3)):
         state = tx.init(params)
         mapped = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
         assert jax.tree.structure(mapped) == jax.tree.structure(state)

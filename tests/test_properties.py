@@ -11,16 +11,16 @@ import locoprop_optax as loco
 from tests.helpers import MLP, regression
 
 OPTIMIZERS = {
-    "locoprop": loco.locoprop,
+    "momentum": loco.locoprop_momentum,
     "locoprop_m": lambda learning_rate=1e-3: loco.locoprop_m(learning_rate),
     "locoprop_s": lambda learning_rate=1e-3: loco.locoprop_s(learning_rate),
-    "natural": lambda learning_rate=0.1: loco.locoprop(
+    "natural": lambda learning_rate=0.1: loco.locoprop_momentum(
         learning_rate,
         loss=loco.losses.squared_loss(),
         target=loco.targets.natural_gradient(0.1),
         solver=loco.solvers.exact(0.1, ema=0.9),
     ),
-    "conjugate": lambda learning_rate=0.1: loco.locoprop(
+    "conjugate": lambda learning_rate=0.1: loco.locoprop_momentum(
         learning_rate,
         target=loco.targets.momentum(loco.targets.normalized(0.05), 0.5),
         solver=loco.solvers.line_searched(loco.solvers.conjugate_gradient(3)),
@@ -101,7 +101,7 @@ def test_converges_on_a_convex_problem_under_scan(make, loss):
     np.testing.assert_allclose(params["params"]["kernel"], solution, atol=0.06)
 
 
-FAST = [OPTIMIZERS[name] for name in ("locoprop", "natural", "conjugate")]
+FAST = [OPTIMIZERS[name] for name in ("momentum", "natural", "conjugate")]
 
 
 @optimizers

@@ -302,7 +302,7 @@ def test_momentum_keeps_the_mean_moving():
 )
 def test_targets_train_a_model_with_a_steady_state(target):
     loss_fn, params, batch = regression()
-    tx = loco.locoprop(0.3, target=target, momentum=None)
+    tx = loco.locoprop_momentum(0.3, target=target, momentum=None)
     step, traces = counted(train_step(loss_fn, tx))
     state = tx.init(params)
     structure = jax.tree.map(jnp.shape, state)

@@ -66,7 +66,7 @@ def test_step_is_traced_once(block):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: loco.locoprop(),
+        lambda: loco.locoprop_momentum(),
         lambda: loco.locoprop_m(1e-3),
         lambda: loco.locoprop_s(1e-3),
         *(lambda s=s: loco.scale_by_locoprop(solver=s) for s in BLOCKS.values()),
@@ -94,7 +94,7 @@ def assert_stable(tx, dtype):
 
 def test_step_runs_in_a_scan_with_donated_buffers():
     loss_fn, params, batch = regression()
-    tx = loco.locoprop()
+    tx = loco.locoprop_momentum()
     step = train_step(loss_fn, tx)
 
     def epoch(params, state):
@@ -183,7 +183,9 @@ def test_equal_layers_are_solved_as_one_by_one(solver, stacked):
     chex.assert_trees_all_close(both, {**one, **two}, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [loco.locoprop, partial(loco.locoprop_m, 1e-3)])
+@pytest.mark.parametrize(
+    "make", [loco.locoprop_momentum, partial(loco.locoprop_m, 1e-3)]
+)
 def test_stacking_shares_products_and_changes_no_number(make):
     class Deep(nn.Module):
         @nn.compact

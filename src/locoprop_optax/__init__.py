@@ -7,10 +7,12 @@ from locoprop_optax._diagnostics import LayerDiagnostics, diagnostics_of
 from locoprop_optax._intermediates import (
     Intermediates,
     LayerIntermediates,
+    add_curvature,
     add_sampled_cotangents,
     join_intermediates,
 )
-from locoprop_optax._optimizers import locoprop, locoprop_m, locoprop_s
+from locoprop_optax._optimizers import locoprop, locoprop_momentum
+from locoprop_optax._paper import locoprop_m, locoprop_s
 from locoprop_optax._quadratic_model import (
     ScaleByQuadraticModelState,
     scale_by_quadratic_model,
@@ -25,6 +27,7 @@ __all__ = [
     "LayerIntermediates",
     "ScaleByLocoPropState",
     "ScaleByQuadraticModelState",
+    "add_curvature",
     "add_sampled_cotangents",
     "check_intermediates",
     "curveball",
@@ -33,6 +36,7 @@ __all__ = [
     "linen",
     "locoprop",
     "locoprop_m",
+    "locoprop_momentum",
     "locoprop_s",
     "losses",
     "nnx",

@@ -1,22 +1,32 @@
-"""Capture of a layer's intermediates as the gradient of a probe.
+"""How the layers of a loss are captured, as a trace of the loss tells it.
 
-A probe is an array of zeros that travels with a layer's parameters. The layer's output
-passes through an identity that also takes the probe, and whose derivative returns the
-layer's input, pre-activation and cotangent as the probe's gradient. Which probes to
-make, and in which shapes, is learnt from a trace of the loss.
+Each call of a layer is recorded by a probe; which probes to make, and in which shapes,
+is learnt from the trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from locoprop_optax._curvature import (
+    CallOf,
+    Layers,
+    curvature_at,
+    part,
+    sampled_at_outputs,
+)
 from locoprop_optax._graph import tap
-from locoprop_optax._intermediates import LayerIntermediates
+from locoprop_optax._intermediates import (
+    Intermediates,
+    LayerIntermediates,
+    add_sampled_cotangents,
+)
 from locoprop_optax._layers import (
     PathPattern,
     anchor,
@@ -25,6 +35,7 @@ from locoprop_optax._layers import (
     split_key_path,
 )
 from locoprop_optax._linear_maps import DENSE, LinearMap, concatenate_examples
+from locoprop_optax._probes import Probes, Record, Seeded
 from locoprop_optax._survey import Sighting, survey
 from locoprop_optax._transfer_detection import Finding
 from locoprop_optax._transfers import (
@@ -36,34 +47,6 @@ from locoprop_optax._transfers import (
 )
 
 Transfers = Mapping[str, str | Transfer | Elementwise]
-
-
-class Record(NamedTuple):
-    """What one call of a layer leaves behind; also the form of its probe."""
-
-    inputs: jax.Array
-    preactivations: jax.Array
-    cotangents: jax.Array
-
-
-@jax.custom_vjp
-def probed(probe: Record, inputs: jax.Array, preactivations: jax.Array) -> jax.Array:
-    """The pre-activations; the gradient of `probe` is the call's record."""
-    del probe, inputs
-    return preactivations
-
-
-def _probed_forward(probe, inputs, preactivations):
-    del probe
-    return preactivations, (inputs, preactivations)
-
-
-def _probed_backward(saved, cotangents):
-    inputs, preactivations = saved
-    return Record(inputs, preactivations, cotangents), None, cotangents
-
-
-probed.defvjp(_probed_forward, _probed_backward)
 
 
 class Call(NamedTuple):
@@ -166,6 +149,66 @@ class Capture(NamedTuple):
         )
 
 
+class Plan(NamedTuple):
+    """How a loss is captured.
+
+    Attributes:
+      captures: how each layer is.
+      closed: the trace of the loss, with a tap at each call.
+      arguments: from parameters, by layer and name, to what the trace is called with.
+      by_loss: the calls of whose results the loss is the matching loss, and of which
+        transfer function.
+    """
+
+    captures: dict[str, Capture]
+    closed: core.ClosedJaxpr
+    arguments: Callable[[Layers], list[jax.Array]]
+    by_loss: dict[CallOf, Transfer]
+
+    def probes(self, seeds: Mapping[CallOf, jax.Array] | None = None) -> Probes:
+        """The probes of all calls; a pass back begins at those that have seeds."""
+        probes: Probes = {
+            path: capture.probes() for path, capture in self.captures.items()
+        }
+        for (path, number), seed in (seeds or {}).items():
+            record = probes[path][str(number)]
+            seed = seed.astype(record.cotangents.dtype)
+            probes[path][str(number)] = Seeded(record, seed)
+        return probes
+
+    def collect(self, records: Probes, gradient: Layers) -> Intermediates:
+        """The intermediates of all layers."""
+        return Intermediates(
+            {
+                path: capture.collect(records[path], gradient[path])
+                for path, capture in self.captures.items()
+            }
+        )
+
+    def add_curvature(
+        self,
+        intermediates: Intermediates,
+        params: Any,
+        gradient: Layers,
+        records_of: Callable[[Probes], Probes],
+    ) -> Intermediates:
+        """Adds the loss's curvature and sampled cotangents.
+
+        Args:
+          intermediates: from the loss.
+          params: the parameters.
+          gradient: the loss's gradient, by layer and name.
+          records_of: from probes to the records.
+        """
+        layers = layers_of(params)
+        parted = part(self.closed, self.by_loss, self.arguments, layers)
+        records = records_of(self.probes(sampled_at_outputs(parted, layers)))
+        for path, number in self.by_loss:
+            records[path][str(number)] = records[path][str(number)].record
+        both = add_sampled_cotangents(intermediates, self.collect(records, gradient))
+        return replace(both, curvature=curvature_at(parted, layers, gradient))
+
+
 def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:
     """The user's transfer functions, each name looked up."""
     return {path: as_transfer(t) for path, t in (transfers or {}).items()}
@@ -177,14 +220,18 @@ def anchors_of(params: Any) -> dict[str, jax.Array]:
 
 
 def plan(
-    closed: core.ClosedJaxpr, params: Any, transfers: Mapping[str, Transfer]
-) -> dict[str, Capture]:
+    closed: core.ClosedJaxpr,
+    params: Any,
+    anchored: Collection[str],
+    transfers: Mapping[str, Transfer],
+) -> Plan:
     """Decides how each layer is captured.
 
     Args:
       closed: the trace of the loss, with a tap at each call; its first arguments are
-        the parameters.
+        the parameters, then those that stand for the layers.
       params: the parameters.
+      anchored: the layers that a parameter stands for.
       transfers: transfer functions by layer path or glob, which override what the
         trace shows.
 
@@ -208,7 +255,19 @@ def plan(
         calls = {s.number: s.note for s in _whole(path, seen)}
         stack = _stack(path, calls, layers[path]["kernel"].shape)
         captures[path] = Capture(calls, stack, _finding(path, seen, transfers))
-    return captures
+    by_loss = {
+        (path, sighting.number): sighting.finding.transfer
+        for path, seen in sightings.items()
+        for sighting in seen
+        if sighting.finding.by_loss
+    }
+
+    def arguments(layers):
+        given = [layers[path][name] for path, name in names]
+        stand_ins = [layers[path][anchor(layers[path])] for path in sorted(anchored)]
+        return given + [jnp.zeros_like(stand_in) for stand_in in stand_ins]
+
+    return Plan(captures, closed, arguments, by_loss)
 
 
 def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:
@@ -269,7 +328,7 @@ def table(
     rows = [("layer", "kind", "inputs", "preactivations", "transfer", "why")]
     for path, leaves in layers_of(params).items():
         if path in captures:
-            transfer, reason = captures[path].finding
+            transfer, reason, _ = captures[path].finding
             for call in captures[path].calls.values():
                 shapes = (str(call.inputs.shape), str(call.preactivations.shape))
                 rows.append((path, call.kind, *shapes, transfer.name, reason))

@@ -54,7 +54,7 @@ def diagnostics_of(opt_state: Any) -> dict[str, LayerDiagnostics]:
       >>> model, x = nn.Dense(2), jnp.eye(3)
       >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
       >>> params = model.init(jax.random.key(0), x)
-      >>> tx = loco.locoprop(diagnostics=True)
+      >>> tx = loco.locoprop_momentum(diagnostics=True)
       >>> state = tx.init(params)
       >>> loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
       >>> _, state = tx.update(grads, state, params, intermediates=intermediates)

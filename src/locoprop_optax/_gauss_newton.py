@@ -37,6 +37,7 @@ class Linearization(NamedTuple):
       push: from a change of the parameters, in any dtypes, to that of the outputs, J.
       pull: from cotangents of the outputs to the parameters', the transpose of J.
       curve: from a change of the outputs to that of the loss's gradient, H.
+      gradient: of the loss in the parameters, where it is known otherwise.
     """
 
     value: Array
@@ -44,6 +45,7 @@ class Linearization(NamedTuple):
     push: Callable[[Any], Any]
     pull: Callable[[Any], Any]
     curve: Callable[[Any], Any]
+    gradient: Any = None
 
     @classmethod
     def of(

@@ -5,18 +5,27 @@ also takes a stand-in for the layer's probe, so that the trace shows whether a p
 would reach the layer whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.core import Tracer, eval_jaxpr
 from jax.extend import core
-from jax.interpreters import ad, batching
+from jax.interpreters import ad, batching, mlir
 
 tap_p = core.Primitive("locoprop_tap")
-tap_p.def_abstract_eval(lambda probe, kernel, preactivations, **_: preactivations)
+
+
+def _identity(probe: Any, kernel: Any, preactivations: Any, **params: Any) -> Any:
+    del probe, kernel, params
+    return preactivations
+
+
+tap_p.def_abstract_eval(_identity)
+tap_p.def_impl(_identity)
+mlir.register_lowering(tap_p, mlir.lower_fun(_identity, multiple_results=False))
 
 
 def tap(
@@ -69,9 +78,7 @@ class Equation(NamedTuple):
 
     def holds_tap_of(self, layer: str) -> bool:
         """Whether it is a tap of a layer, or runs one."""
-        if self.primitive is tap_p:
-            return self.params["layer"] == layer
-        return any(holds_tap(inner, layer) for inner in _sub_jaxprs(self.params))
+        return layer in layers_in(self.source)
 
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
         """Its results for the values of its inputs."""
@@ -98,7 +105,7 @@ class Graph:
       inputs: the arguments' numbers.
       results: the results' numbers.
       avals: the abstract value of each number.
-      constants: the values of the numbers that are known constants.
+      held: the values of the numbers that the trace closes over.
       wraps: the equations that hold taps and could not be inlined.
     """
 
@@ -106,7 +113,7 @@ class Graph:
     inputs: tuple[Atom, ...] = ()
     results: tuple[Atom, ...] = ()
     avals: dict[int, Any] = field(default_factory=dict)
-    constants: dict[int, Any] = field(default_factory=dict)
+    held: dict[int, Any] = field(default_factory=dict)
     wraps: list[Equation] = field(default_factory=list)
 
     @classmethod
@@ -127,8 +134,8 @@ class Graph:
         numbers: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = number = self._number(var)
-            if value is not None and not isinstance(value, Tracer):
-                self.constants[number] = value
+            if value is not None:
+                self.held[number] = value
 
         def read(atom) -> Atom:
             return atom if isinstance(atom, core.Literal) else numbers[atom]
@@ -149,6 +156,11 @@ class Graph:
         return tuple(map(read, jaxpr.outvars))
 
     @cached_property
+    def constants(self) -> dict[int, Any]:
+        """The values of the numbers that are known while the loss is traced."""
+        return {n: v for n, v in self.held.items() if not isinstance(v, Tracer)}
+
+    @cached_property
     def makers(self) -> dict[int, Equation]:
         """The equation that each number is a result of."""
         return {number: e for e in self.equations for number in e.outputs}
@@ -158,7 +170,7 @@ class Graph:
         """The positions of the equations that read each number."""
         consumers: dict[int, list[int]] = {}
         for at, equation in enumerate(self.equations):
-            for number in {i for i in equation.inputs if isinstance(i, int)}:
+            for number in set(filter(_is_number, equation.inputs)):
                 consumers.setdefault(number, []).append(at)
         return consumers
 
@@ -175,6 +187,15 @@ class Graph:
                     reached.add(at)
                     numbers.extend(equation.outputs)
         return [self.equations[at] for at in sorted(reached)]
+
+    def leading_to(self, wanted: Iterable[int], given: set[int]) -> list[Equation]:
+        """The equations that make some numbers from others, in order."""
+        needed, chosen = set(wanted) - given, []
+        for equation in reversed(self.equations):
+            if not needed.isdisjoint(equation.outputs):
+                chosen.append(equation)
+                needed.update(set(filter(_is_number, equation.inputs)) - given)
+        return chosen[::-1]
 
     def used_apart(self, position: int, layer: str) -> bool:
         """Whether an input reaches a result by a product that is not its layer's own.
@@ -211,6 +232,23 @@ class Graph:
                     self.makers[number].inputs if number in self.makers else ()
                 )
         return {at for at, number in enumerate(self.inputs) if number in reached}
+
+
+def run(equations: Sequence[Equation], values: Mapping[int, Any]) -> dict[int, Any]:
+    """The values of all numbers, from those that are given."""
+    known = dict(values)
+    for equation in equations:
+        operands = [
+            atom.val if isinstance(atom, core.Literal) else known[atom]
+            for atom in equation.inputs
+        ]
+        results = equation.evaluate(operands)
+        known.update(zip(equation.outputs, results, strict=True))
+    return known
+
+
+def _is_number(atom: Atom) -> TypeGuard[int]:
+    return isinstance(atom, int)
 
 
 _FORM_ONLY = {
@@ -262,11 +300,14 @@ def _multiplies(equation: core.JaxprEqn) -> bool:
     )
 
 
-def holds_tap(jaxpr: core.Jaxpr, layer: str | None = None) -> bool:
-    """Whether a tap, or one of a given layer, is among the equations, however deep."""
-    return any(
-        equation.params["layer"] == layer or layer is None
-        if equation.primitive is tap_p
-        else any(holds_tap(inner, layer) for inner in _sub_jaxprs(equation.params))
-        for equation in jaxpr.eqns
-    )
+def holds_tap(jaxpr: core.Jaxpr) -> bool:
+    """Whether a tap is among the equations, however deep."""
+    return any(layers_in(equation) for equation in jaxpr.eqns)
+
+
+def layers_in(equation: core.JaxprEqn) -> set[str]:
+    """The layers whose taps an equation is or runs, however deep."""
+    if equation.primitive is tap_p:
+        return {equation.params["layer"]}
+    inner = (e for jaxpr in _sub_jaxprs(equation.params) for e in jaxpr.eqns)
+    return set().union(*map(layers_in, inner))

@@ -1,23 +1,114 @@
 """The ready optimizers: LocoProp with a fallback for all other parameters."""
 
-from typing import Any
-
 import optax
 
 from locoprop_optax import losses, regularizers, solvers, targets
-from locoprop_optax._hyperparams import ScalarOrSchedule
-from locoprop_optax._layers import (
-    LayerSelection,
-    PathPattern,
-    layers_of,
-    tree_map_with_key_path,
-    visible,
-    with_layers,
-)
+from locoprop_optax._fallback import with_fallback
+from locoprop_optax._hyperparams import ScalarOrSchedule, at
+from locoprop_optax._layers import LayerSelection, PathPattern
+from locoprop_optax._quadratic_model import scale_by_quadratic_model
 from locoprop_optax._transform import scale_by_locoprop
 
 
 def locoprop(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    loss: losses.LossFactory | None = None,
+    target: targets.Target | None = None,
+    regularizer: regularizers.Regularizer | None = None,
+    solver: solvers.Solver | None = None,
+    weight_decay: ScalarOrSchedule = 0.0,
+    fallback: optax.GradientTransformation | None = None,
+    include: PathPattern | None = None,
+    exclude: PathPattern | None = None,
+    stack_layers: bool | None = None,
+    precision: str | None = None,
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LocoProp with our best defaults: no rate and no momentum to tune.
+
+    The step :math:`d` of `scale_by_locoprop`, whose length and momentum
+    `scale_by_quadratic_model` takes from the Gauss-Newton model of the whole loss:
+
+    .. math::
+      z \leftarrow \rho z - \beta d, \qquad
+      \theta \leftarrow \theta + \eta\, z - \eta \lambda_w \theta
+
+    Args:
+      learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
+        decay to zero helps where batches are small. Default: 1, all of it.
+      loss: the local loss. Default: `losses.matching_loss()`.
+      target: the local target. Default: `targets.natural_gradient(1.0, damping=0.5)`.
+      regularizer: the local regularizer. Default: `regularizers.none()`.
+      solver: how the problems are solved. Default:
+        `solvers.majorized_newton(1, damping=0.3)`.
+      weight_decay: :math:`\lambda_w \ge 0`, decoupled, for local layers.
+      fallback: a complete optimizer for all parameters that are not local. Default:
+        `optax.adamw(1e-3)`.
+      include: layers that are local too: a glob over paths, several, or a predicate.
+      exclude: layers that go to `fallback` although they own a `kernel`.
+      stack_layers: whether equal layers are solved together, as in
+        `scale_by_locoprop`.
+      precision: of the solver's matrix products, as in `scale_by_locoprop`.
+      diagnostics: whether the state holds `LayerDiagnostics`, as in
+        `scale_by_locoprop`.
+
+    Returns:
+      A transformation whose `update` takes `params` and `intermediates`, from
+      `linen.value_and_grad(loss_fn, curvature=True)`.
+
+    Raises:
+      TypeError: from `update`, if `params` or `intermediates` is missing, or the
+        intermediates have no curvature.
+      ValueError: from `update`, if the intermediates do not fit the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.Dense(2), jnp.eye(3)
+      >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> tx = loco.locoprop()
+      >>> state = tx.init(params)
+      >>> capture = loco.linen.value_and_grad(loss_fn, curvature=True)
+      >>> loss, grads, intermediates = capture(params, x)
+      >>> updates, state = tx.update(
+      ...     grads, state, params, intermediates=intermediates)
+      >>> bool(loss_fn(optax.apply_updates(params, updates), x) < loss)
+      True
+
+    References:
+      Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
+      <https://arxiv.org/abs/2106.06199>`_, 2022; Martens, Grosse, `Optimizing Neural
+      Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
+      solver, and putting them together, are ours.
+    """
+    usual_target = targets.natural_gradient(1.0, damping=0.5)
+    usual_solver = solvers.majorized_newton(1, damping=0.3)
+
+    def decay(count):
+        return -at(learning_rate, count) * at(weight_decay, count)
+
+    local = optax.chain(
+        scale_by_locoprop(
+            loss=loss,
+            target=usual_target if target is None else target,
+            regularizer=regularizer,
+            solver=usual_solver if solver is None else solver,
+            include=include,
+            exclude=exclude,
+            stack_layers=stack_layers,
+            precision=precision,
+            diagnostics=diagnostics,
+        ),
+        scale_by_quadratic_model(learning_rate, damping=0.0, damping_decay=1.0),
+        optax.add_decayed_weights(decay),
+    )
+    return with_fallback(local, fallback, LayerSelection(include, exclude))
+
+
+def locoprop_momentum(
     learning_rate: ScalarOrSchedule = 0.1,
     *,
     loss: losses.LossFactory | None = None,
@@ -33,10 +124,11 @@ def locoprop(
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LocoProp with our best defaults, ready for `optax.apply_updates`.
+    r"""LocoProp with a learning rate and momentum: for any loss, and at less cost.
 
-    The step of `scale_by_locoprop`, then momentum, weight decay and the learning
-    rate. With the step's direction :math:`d` (a gradient's sign):
+    It needs no more than each layer's intermediates. The step of `scale_by_locoprop`,
+    then momentum, weight decay and the learning rate; with the step's direction
+    :math:`d` (a gradient's sign):
 
     .. math::
       m \leftarrow \mu m + d, \qquad
@@ -74,7 +166,7 @@ def locoprop(
       >>> model, x = nn.Dense(2), jnp.eye(3)
       >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
       >>> params = model.init(jax.random.key(0), x)
-      >>> tx = loco.locoprop()
+      >>> tx = loco.locoprop_momentum()
       >>> state = tx.init(params)
       >>> loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
       >>> updates, state = tx.update(
@@ -102,213 +194,4 @@ def locoprop(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    fallback = optax.adamw(1e-3) if fallback is None else fallback
-    return _with_fallback(local, fallback, LayerSelection(include, exclude))
-
-
-def locoprop_m(
-    learning_rate: ScalarOrSchedule,
-    *,
-    activation_learning_rate: ScalarOrSchedule = 10.0,
-    num_local_steps: int = 10,
-    decay_floor: float = 0.25,
-    optimizer: solvers.OptimizerFromRate | None = None,
-    regularizer: regularizers.Regularizer | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    include: PathPattern | None = None,
-    exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
-    precision: str | None = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The paper's LocoProp-M: matching losses, a few steps of RMSProp each.
-
-    .. math::
-      \theta_\text{new} \approx \arg\min_\theta D_F\big(a(\theta),\,
-      f(a_0) - \gamma g\big)
-
-    The defaults are those of the authors' published notebook, for a loss averaged
-    over a batch of 1000, to be used with a linear warm-up over 5 % of training and
-    a linear decay to zero.
-
-    Args:
-      learning_rate: of the local optimizer, a float or a schedule; 1e-5 in the
-        notebook.
-      activation_learning_rate: :math:`\gamma > 0`, a float or a schedule.
-      num_local_steps: the number of steps on each local problem, at least 1.
-      decay_floor: the step size decays linearly within a batch to this share.
-      optimizer: the local optimizer, a function from a learning rate. Default:
-        RMSProp as TensorFlow 1 defines it, with second-moment decay 0.9 from an
-        initial value of 1, momentum 0.999 and epsilon 1e-5 inside the root.
-      regularizer: the local regularizer. Default: `regularizers.none()`.
-      fallback: a complete optimizer for all parameters that are not local. Default:
-        one step of the local optimizer along :math:`\gamma` times the backprop
-        gradient, which is what one local step is.
-      include: layers that are local too: a glob over paths, several, or a predicate.
-      exclude: layers that go to `fallback` although they own a `kernel`.
-      stack_layers: whether equal layers are solved together, as in
-        `scale_by_locoprop`.
-      precision: of the solver's matrix products, as in `scale_by_locoprop`.
-      diagnostics: whether the state holds `LayerDiagnostics`, as in
-        `scale_by_locoprop`.
-
-    Returns:
-      A transformation whose `update` takes `params` and `intermediates`.
-
-    Raises:
-      TypeError: if `num_local_steps` is no Python int; from `update`, if `params` or
-        `intermediates` is missing.
-      ValueError: if `activation_learning_rate` is not positive or `num_local_steps`
-        below 1; from `update`, if the intermediates do not fit the parameters.
-
-    Example:
-      >>> import optax
-      >>> import locoprop_optax as loco
-      >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-5, 100, 2000)
-      >>> tx = loco.locoprop_m(schedule)
-
-    References:
-      Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
-      <https://arxiv.org/abs/2106.06199>`_, 2022, algorithm 1, and the notebook in
-      google-research/locoprop.
-    """
-    return _reference(
-        losses.matching_loss(),
-        learning_rate,
-        activation_learning_rate=activation_learning_rate,
-        num_local_steps=num_local_steps,
-        decay_floor=decay_floor,
-        optimizer=optimizer,
-        regularizer=regularizer,
-        fallback=fallback,
-        selection=LayerSelection(include, exclude),
-        stack_layers=stack_layers,
-        precision=precision,
-        diagnostics=diagnostics,
-    )
-
-
-def locoprop_s(
-    learning_rate: ScalarOrSchedule,
-    *,
-    activation_learning_rate: ScalarOrSchedule = 10.0,
-    num_local_steps: int = 10,
-    decay_floor: float = 0.25,
-    optimizer: solvers.OptimizerFromRate | None = None,
-    regularizer: regularizers.Regularizer | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    include: PathPattern | None = None,
-    exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
-    precision: str | None = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The paper's LocoProp-S: squared losses, a few steps of RMSProp each.
-
-    .. math::
-      \theta_\text{new} \approx \arg\min_\theta
-      \tfrac12 \lVert a(\theta) - (a_0 - \gamma g) \rVert^2
-
-    All else is as in `locoprop_m`.
-
-    Args:
-      learning_rate: of the local optimizer, a float or a schedule.
-      activation_learning_rate: :math:`\gamma > 0`, a float or a schedule.
-      num_local_steps: the number of steps on each local problem, at least 1.
-      decay_floor: the step size decays linearly within a batch to this share.
-      optimizer: the local optimizer, as in `locoprop_m`.
-      regularizer: the local regularizer. Default: `regularizers.none()`.
-      fallback: a complete optimizer for all parameters that are not local, as in
-        `locoprop_m`.
-      include: layers that are local too: a glob over paths, several, or a predicate.
-      exclude: layers that go to `fallback` although they own a `kernel`.
-      stack_layers: whether equal layers are solved together, as in
-        `scale_by_locoprop`.
-      precision: of the solver's matrix products, as in `scale_by_locoprop`.
-      diagnostics: whether the state holds `LayerDiagnostics`, as in
-        `scale_by_locoprop`.
-
-    Returns:
-      A transformation whose `update` takes `params` and `intermediates`.
-
-    Raises:
-      TypeError: as `locoprop_m`.
-      ValueError: as `locoprop_m`.
-
-    Example:
-      >>> import locoprop_optax as loco
-      >>> tx = loco.locoprop_s(1e-5)
-
-    References:
-      Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
-      <https://arxiv.org/abs/2106.06199>`_, 2022, section 3.1.
-    """
-    return _reference(
-        losses.squared_loss(),
-        learning_rate,
-        activation_learning_rate=activation_learning_rate,
-        num_local_steps=num_local_steps,
-        decay_floor=decay_floor,
-        optimizer=optimizer,
-        regularizer=regularizer,
-        fallback=fallback,
-        selection=LayerSelection(include, exclude),
-        stack_layers=stack_layers,
-        precision=precision,
-        diagnostics=diagnostics,
-    )
-
-
-def tensorflow_rmsprop(learning_rate: Any) -> optax.GradientTransformation:
-    """RMSProp as TensorFlow 1 defines it, with the settings of the notebook."""
-    return optax.rmsprop(
-        learning_rate, decay=0.9, eps=1e-5, initial_scale=1.0, momentum=0.999
-    )
-
-
-def _reference(
-    loss: losses.LossFactory,
-    learning_rate: ScalarOrSchedule,
-    *,
-    activation_learning_rate: ScalarOrSchedule,
-    num_local_steps: int,
-    decay_floor: float,
-    optimizer: solvers.OptimizerFromRate | None,
-    regularizer: regularizers.Regularizer | None,
-    fallback: optax.GradientTransformation | None,
-    selection: LayerSelection,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The paper's algorithm with either loss."""
-    optimizer = tensorflow_rmsprop if optimizer is None else optimizer
-    step = scale_by_locoprop(
-        loss=loss,
-        target=targets.gradient_descent(activation_learning_rate),
-        regularizer=regularizer,
-        solver=solvers.first_order(
-            optimizer, num_local_steps, decay_floor, learning_rate=learning_rate
-        ),
-        include=selection.include,
-        exclude=selection.exclude,
-        **options,
-    )
-    if fallback is None:
-        gamma = optax.scale_by_learning_rate(activation_learning_rate, flip_sign=False)
-        fallback = optax.chain(gamma, optimizer(learning_rate))
-    return _with_fallback(optax.chain(step, optax.scale(-1.0)), fallback, selection)
-
-
-def _with_fallback(
-    local: optax.GradientTransformation,
-    fallback: optax.GradientTransformation,
-    selection: LayerSelection,
-) -> optax.GradientTransformationExtraArgs:
-    """Hands local layers to one transformation and all other parameters to another."""
-
-    def label(params):
-        labels = tree_map_with_key_path(lambda *_: "fallback", params)
-        chosen = visible(layers_of(selection.mask(params)))
-        local = {p: dict.fromkeys(leaves, "local") for p, leaves in chosen.items()}
-        return with_layers(labels, local)
-
-    return optax.partition({"local": local, "fallback": fallback}, label)
+    return with_fallback(local, fallback, LayerSelection(include, exclude))

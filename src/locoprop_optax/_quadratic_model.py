@@ -92,6 +92,9 @@ def scale_by_quadratic_model(
     forward-mode products a step. Where z adds nothing to the span, as at the first
     step, it minimizes along d alone.
 
+    Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
+    `damping_decay=1.0` do best: :math:`\lambda` stays at zero, and nothing is compared.
+
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
       damping: :math:`\lambda \ge 0` at the start; the state holds it from then on.
@@ -110,13 +113,15 @@ def scale_by_quadratic_model(
       A transformation whose `update` takes `params`, `model_fn`, a function from
       parameters to the model's outputs, any tree, and `loss_fn`, one from outputs to a
       scalar, convex and twice differentiable; outputs of fewer bits reach it in
-      float32. Both are closed over the batch. Steps that are not finite, or lead to a
-      loss that is not, are skipped, and :math:`\lambda` grows; it grows, too, where the
-      model does not expect the loss to fall.
+      float32. Both are closed over the batch. If :math:`\lambda` stays as it is,
+      `intermediates` with the loss's curvature can take their place, from
+      `linen.value_and_grad(loss_fn, curvature=True)`. Steps that are not finite, or
+      lead to a loss that is not, are skipped, and :math:`\lambda` grows; it grows, too,
+      where the model does not expect the loss to fall.
 
     Raises:
-      TypeError: if `adapt_every` is no Python int; from `update`, if `params`,
-        `model_fn` or `loss_fn` is missing.
+      TypeError: if `adapt_every` is no Python int; from `update`, if `params` is
+        missing, or the curvature and one of the functions.
       ValueError: if a number is out of its range.
 
     Example:
@@ -142,8 +147,8 @@ def scale_by_quadratic_model(
     """
 
     def incoming(linearization, updates, velocity, damping):
-        del linearization, velocity, damping
-        return updates, None
+        del velocity, damping
+        return updates, linearization.gradient
 
     return minimize_along(
         incoming,
@@ -214,12 +219,15 @@ def minimize_along(
         *,
         model_fn: Any = None,
         loss_fn: Any = None,
+        intermediates: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByQuadraticModelState]:
         del extra_args
-        _check_given(params=params, model_fn=model_fn, loss_fn=loss_fn)
-        _check_whole(params)
-        linear = Linearization.of(model_fn, loss_fn, params)
+        if params is None:
+            raise TypeError("update needs `params`.")
+        linear, loss_at = _linearized(
+            params, model_fn, loss_fn, intermediates, adapts=damping_decay != 1
+        )
         z, strength = state.velocity, state.damping
         d, gradient = direction(linear, updates, z, strength)
         matrix, slopes = on_the_plane(linear, gradient, d, z, strength)
@@ -237,14 +245,15 @@ def minimize_along(
         expected = rate * plane @ slopes + 0.5 * rate**2 * plane @ matrix @ plane
 
         def compare():
-            new = loss_fn(at_least_float32(model_fn(optax.apply_updates(params, step))))
+            new = loss_at(optax.apply_updates(params, step))
             ratio = (new - linear.value) / jnp.where(expected < 0, expected, jnp.nan)
             return ratio.astype(jnp.float32), jnp.isfinite(new)
 
         compared = state.count % adapt_every == 0
-        ratio, arrives = jax.lax.cond(
-            compared, compare, lambda: (state.ratio, jnp.asarray(True))
-        )
+        ratio, arrives = state.ratio, jnp.asarray(True)
+        if loss_at is not None:
+            keep = (ratio, arrives)
+            ratio, arrives = jax.lax.cond(compared, compare, lambda: keep)
         finite = jnp.isfinite(linear.value) & _all_finite(moved) & arrives
         factor = damping_decay**adapt_every
         grows = (compared & ~(ratio >= trusted[0])) | ~finite
@@ -292,12 +301,26 @@ def _check_whole(params: Any) -> None:
         )
 
 
-def _check_given(**given: Any) -> None:
-    for name, value in given.items():
+def _linearized(
+    params: Any, model_fn: Any, loss_fn: Any, intermediates: Any, *, adapts: bool
+) -> tuple[Linearization, Any]:
+    """The loss near the parameters, and at others if that can be computed."""
+    curvature = getattr(intermediates, "curvature", None)
+    by_hand = (model_fn, loss_fn) != (None, None)
+    if curvature is not None and not by_hand and not adapts:
+        return curvature.at(params), None
+    for name, value in {"model_fn": model_fn, "loss_fn": loss_fn}.items():
         if value is None:
             raise TypeError(
-                f"update needs `{name}`: call tx.update(updates, state, params, "
-                "model_fn=..., loss_fn=...) with a function from parameters to outputs "
-                "and one from outputs to the loss, both closed over the batch. "
-                "locoprop_optax.linen.model_and_loss and nnx.model_and_loss make them."
+                f"update needs the curvature of the loss, or `{name}`. Take the "
+                "intermediates from loco.linen.value_and_grad(loss_fn, curvature=True) "
+                "or nnx.value_and_grad; scale_by_quadratic_model then takes "
+                "damping_decay=1, as no loss is computed after the step. Or call "
+                "tx.update(updates, state, params, model_fn=..., loss_fn=...) with a "
+                "function from parameters to outputs and one from outputs to the loss, "
+                "both closed over the batch, as model_and_loss makes them. "
+                "loco.locoprop_momentum needs neither."
             )
+    _check_whole(params)
+    linear = Linearization.of(model_fn, loss_fn, params)
+    return linear, lambda params: loss_fn(at_least_float32(model_fn(params)))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from locoprop_optax._graph import Equation, Graph, body_of, tap_p
+from locoprop_optax._graph import Equation, Graph, body_of, run, tap_p
 from locoprop_optax._transfers import IDENTITY, Transfer, elu, leaky_relu
 
 _SHAPE_ONLY = {
@@ -82,10 +82,11 @@ _LARGEST_TEST = 2**25
 
 
 class Finding(NamedTuple):
-    """A transfer function, and how it was decided on."""
+    """A transfer function, how it was decided on, and whether by the loss."""
 
     transfer: Transfer
     reason: str
+    by_loss: bool = False
 
 
 def find_transfer(
@@ -101,7 +102,7 @@ def find_transfer(
     """
     with jax.ensure_compile_time_eval():
         if outermost and (found := _matching_of_loss(graph, tap, known)):
-            return Finding(found, "the loss is its matching loss")
+            return Finding(found, "the loss is its matching loss", by_loss=True)
         finding = _elementwise_consumer(graph, tap, known)
     size = math.prod(graph.avals[tap.outputs[0]].shape)
     if outermost and finding.transfer == IDENTITY and size > _LARGEST_TEST:
@@ -291,15 +292,7 @@ def _matching_of_loss(
     }
 
     def loss_of(preactivations):
-        values = {**others, start: preactivations}
-
-        def read(atom):
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-        for equation in equations:
-            results = equation.evaluate(list(map(read, equation.inputs)))
-            values.update(zip(equation.outputs, results, strict=True))
-        return jnp.sum(values[loss])
+        return jnp.sum(run(equations, {**others, start: preactivations})[loss])
 
     gradient = jax.jit(jax.grad(loss_of))
     points = 1.5 * rng.standard_normal((3, *aval.shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +17,11 @@ import optax
 from flax.training import train_state
 
 from locoprop_optax._capture import (
-    Capture,
+    Plan,
     Transfers,
     anchors_of,
     as_transfers,
     plan,
-    probed,
     table,
     tapped,
 )
@@ -29,6 +29,7 @@ from locoprop_optax._gauss_newton import ModelAndLoss
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
 from locoprop_optax._linen_layers import linear_map_of, register_linear
+from locoprop_optax._probes import recorded
 from locoprop_optax._transfers import Transfer
 
 __all__ = [
@@ -47,6 +48,7 @@ def value_and_grad(
     has_aux: bool = False,
     transfers: Transfers | None = None,
     exclude: PathPattern | None = None,
+    curvature: bool = False,
 ) -> Callable[..., tuple[Any, Any, Intermediates]]:
     r"""`jax.value_and_grad` that also returns each layer's intermediates.
 
@@ -63,6 +65,12 @@ def value_and_grad(
         found: names, `losses.Transfer`s or elementwise callables.
       exclude: layers not to capture: a glob over paths, several, or a predicate. Name
         them in the optimizer's `exclude=` too.
+      curvature: whether the intermediates hold the loss's Gauss-Newton model, and
+        cotangents for sampled labels, as `locoprop` needs them. The loss must be a
+        squared error, or a sigmoid or softmax cross-entropy, of the outputs of layers,
+        plus penalties on parameters, which the model leaves out. Call it in the same
+        `jax.jit` as the optimizer's update, which then shares its forward pass.
+        Default: no.
 
     Returns:
       A function with the arguments of `loss_fn` that returns (loss, grads,
@@ -71,7 +79,8 @@ def value_and_grad(
     Raises:
       ValueError: when called, if a name in `transfers` is unknown or its path fits no
         layer, if a layer's inputs are integers, or if a layer's records cannot be
-        told apart. The message names the layer.
+        told apart, or with `curvature` if the loss is no matching loss of its last
+        layers. The message names the layer.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -87,22 +96,24 @@ def value_and_grad(
     known = as_transfers(transfers)
 
     def loss_grads_and_intermediates(params, *args, **kwargs):
-        captures = _discover(loss_fn, has_aux, known, exclude, params, args, kwargs)
-        probes = {path: capture.probes() for path, capture in captures.items()}
+        found = _discover(loss_fn, has_aux, known, exclude, params, args, kwargs)
 
         def probed_loss(params, probes):
             with _intercepted(_record):
                 return loss_fn(_with_probes(params, probes), *args, **kwargs)
 
-        value, (grads, records) = jax.value_and_grad(
-            probed_loss, argnums=(0, 1), has_aux=has_aux
-        )(params, probes)
-        gradients = layers_of(grads)
-        layers = {
-            path: capture.collect(records[path], gradients[path])
-            for path, capture in captures.items()
-        }
-        return value, grads, Intermediates(layers)
+        differentiate = partial(jax.value_and_grad, probed_loss, has_aux=has_aux)
+        value, (grads, records) = differentiate((0, 1))(params, found.probes())
+        gradient = layers_of(grads)
+        intermediates = found.collect(records, gradient)
+        if curvature:
+            intermediates = found.add_curvature(
+                intermediates,
+                params,
+                gradient,
+                lambda probes: differentiate(1)(params, probes)[1],
+            )
+        return value, grads, intermediates
 
     return loss_grads_and_intermediates
 
@@ -144,8 +155,8 @@ def tabulate(
     known = as_transfers(transfers)
 
     def show(params, *args, **kwargs):
-        captures = _discover(loss_fn, has_aux, known, exclude, params, args, kwargs)
-        return table(captures, params, exclude)
+        found = _discover(loss_fn, has_aux, known, exclude, params, args, kwargs)
+        return table(found.captures, params, exclude)
 
     return show
 
@@ -211,8 +222,8 @@ class TrainState(train_state.TrainState):
       >>> state = loco.linen.TrainState.create(
       ...     apply_fn=model.apply, params=model.init(jax.random.key(0), x),
       ...     tx=loco.locoprop())
-      >>> loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(
-      ...     state.params, x)
+      >>> capture = loco.linen.value_and_grad(loss_fn, curvature=True)
+      >>> loss, grads, intermediates = capture(state.params, x)
       >>> state = state.apply_gradients(grads=grads, intermediates=intermediates)
       >>> int(state.step)
       1
@@ -251,7 +262,7 @@ def _record(
     """Handles a layer's call while the loss is differentiated."""
     del module
     probe = owned[_PROBE + path].get(str(number))
-    return output if probe is None else probed(probe, args[0], output)
+    return output if probe is None else recorded(probe, args[0], output)
 
 
 @contextmanager
@@ -311,7 +322,7 @@ def _discover(
     params: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[str, Capture]:
+) -> Plan:
     """Traces the loss to learn how each layer is captured."""
     anchors = {p: a for p, a in anchors_of(params).items() if not matches(exclude, p)}
 
@@ -337,4 +348,5 @@ def _discover(
             result = loss_fn(_with_probes(params, probes), *args, **kwargs)
         return result[0] if has_aux else result
 
-    return plan(jax.make_jaxpr(tapped_loss)(params, anchors), params, transfers)
+    closed = jax.make_jaxpr(tapped_loss)(params, anchors)
+    return plan(closed, params, anchors, transfers)

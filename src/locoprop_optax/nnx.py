@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
 from locoprop_optax._capture import (
-    Capture,
+    Plan,
     Transfers,
     anchors_of,
     as_transfers,
     plan,
-    probed,
     table,
     tapped,
 )
@@ -28,6 +28,7 @@ from locoprop_optax._gauss_newton import ModelAndLoss
 from locoprop_optax._intermediates import Intermediates
 from locoprop_optax._layers import PathPattern, layers_of, matches
 from locoprop_optax._nnx_layers import linear_map_of, register_linear
+from locoprop_optax._probes import recorded
 from locoprop_optax._transfers import Transfer
 
 __all__ = ["model_and_loss", "register_linear", "tabulate", "value_and_grad"]
@@ -42,6 +43,7 @@ def value_and_grad(
     has_aux: bool = False,
     transfers: Transfers | None = None,
     exclude: PathPattern | None = None,
+    curvature: bool = False,
 ) -> Callable[..., tuple[Any, nnx.State, Intermediates]]:
     r"""`nnx.value_and_grad` that also returns each layer's intermediates.
 
@@ -59,6 +61,12 @@ def value_and_grad(
         found: names, `losses.Transfer`s or elementwise callables.
       exclude: layers not to capture: a glob over paths, several, or a predicate. Name
         them in the optimizer's `exclude=` too.
+      curvature: whether the intermediates hold the loss's Gauss-Newton model, and
+        cotangents for sampled labels, as `locoprop` needs them. The loss must be a
+        squared error, or a sigmoid or softmax cross-entropy, of the outputs of layers,
+        plus penalties on parameters, which the model leaves out. Call it in the same
+        `jax.jit` as the optimizer's update, which then shares its forward pass.
+        Default: no.
 
     Returns:
       A function with the arguments of `loss_fn` that returns (loss, grads,
@@ -67,18 +75,20 @@ def value_and_grad(
     Raises:
       ValueError: when called, if a name in `transfers` is unknown or its path fits no
         layer, if a layer's inputs are integers, or if a layer's records cannot be
-        told apart. The message names the layer.
+        told apart, or with `curvature` if the loss is no matching loss of its last
+        layers. The message names the layer.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> import locoprop_optax as loco
-      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh)
+      >>> model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, loco.locoprop(), wrt=nnx.Param)
       >>> loss_fn = lambda model, x: jnp.mean((model(x) - 0.5) ** 2)
+      >>> capture = loco.nnx.value_and_grad(loss_fn, curvature=True)
       >>> @nnx.jit
       ... def train_step(model, optimizer, x):
-      ...     loss, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, x)
+      ...     loss, grads, intermediates = capture(model, x)
       ...     optimizer.update(model, grads, intermediates=intermediates)
       ...     return loss
       >>> losses = [float(train_step(model, optimizer, jnp.eye(3))) for _ in range(9)]
@@ -89,10 +99,9 @@ def value_and_grad(
 
     def loss_grads_and_intermediates(model, *args, **kwargs):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        captures = _discover(
+        found = _discover(
             loss_fn, has_aux, known, exclude, (graphdef, params, rest), args, kwargs
         )
-        probes = {path: capture.probes() for path, capture in captures.items()}
 
         def probed_loss(params, probes):
             copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
@@ -103,20 +112,25 @@ def value_and_grad(
             changed = nnx.state(copy, nnx.Not(nnx.Param)), *map(_states, others)
             return loss, (aux, changed)
 
-        (loss, (aux, changed)), (grads, records) = jax.value_and_grad(
-            probed_loss, argnums=(0, 1), has_aux=True
-        )(params, probes)
+        differentiate = partial(jax.value_and_grad, probed_loss, has_aux=True)
+        (loss, (aux, changed)), (grads, records) = differentiate((0, 1))(
+            params, found.probes()
+        )
         nnx.update(model, changed[0])
         for given, states in ((args, changed[1]), (kwargs, changed[2])):
             for key, state in states.items():
                 nnx.update(given[key], state)
-        gradients = layers_of(grads)
-        layers = {
-            path: capture.collect(records[path], gradients[path])
-            for path, capture in captures.items()
-        }
+        gradient = layers_of(grads)
+        intermediates = found.collect(records, gradient)
+        if curvature:
+            intermediates = found.add_curvature(
+                intermediates,
+                params,
+                gradient,
+                lambda probes: differentiate(1)(params, probes)[1],
+            )
         value = (loss, aux) if has_aux else loss
-        return value, grads, Intermediates(layers)
+        return value, grads, intermediates
 
     return loss_grads_and_intermediates
 
@@ -158,8 +172,8 @@ def tabulate(
     def show(model, *args, **kwargs):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         parts = (graphdef, params, rest)
-        captures = _discover(loss_fn, has_aux, known, exclude, parts, args, kwargs)
-        return table(captures, params, exclude)
+        found = _discover(loss_fn, has_aux, known, exclude, parts, args, kwargs)
+        return table(found.captures, params, exclude)
 
     return show
 
@@ -217,7 +231,7 @@ def _discover(
     parts: tuple[Any, nnx.State, nnx.State],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[str, Capture]:
+) -> Plan:
     """Traces the loss to learn how each layer is captured."""
     graphdef, params, rest = parts
     anchors = {p: a for p, a in anchors_of(params).items() if not matches(exclude, p)}
@@ -248,7 +262,8 @@ def _discover(
             result = loss_fn(copy, *_copied(args).values(), **_copied(kwargs))
         return result[0] if has_aux else result
 
-    return plan(jax.make_jaxpr(tapped_loss)(params, anchors), params, transfers)
+    closed = jax.make_jaxpr(tapped_loss)(params, anchors)
+    return plan(closed, params, anchors, transfers)
 
 
 def _copied(arguments: Any) -> dict[Any, Any]:
@@ -269,7 +284,7 @@ def _states(arguments: dict[Any, Any]) -> dict[Any, nnx.State]:
 def _record(module: Any, number: int, args: tuple[Any, ...], output: Any) -> Any:
     """Handles a layer's call while the loss is differentiated."""
     probe = module.locoprop_probe.get_value().get(str(number))
-    return output if probe is None else probed(probe, args[0], output)
+    return output if probe is None else recorded(probe, args[0], output)
 
 
 def _with_probes(model: Any, probes: Mapping[str, Any]) -> Any:

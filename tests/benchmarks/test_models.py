@@ -76,7 +76,7 @@ def test_a_folder_without_the_text(tmp_path):
 
 
 def test_variants_of_the_ablation_differ(tmp_path):
-    names = ["locoprop()", "one local step", "automatic", "automatic, no momentum"]
+    names = ["locoprop()", "no momentum", "locoprop_momentum()", "none, rate 1"]
     size = ["--train-size", "40", "--batch-size", "20", "--width", "0.01"]
     where = ["--epochs", "2", "--output", str(tmp_path)]
     ablation.main([*size, *where, "--optimizers", *names])

@@ -82,7 +82,9 @@ def test_convolutions():
 
 def test_trains_a_model():
     loss_fn, params, batch = regression()
-    tx = loco.locoprop(0.3, solver=loco.solvers.conjugate_gradient(4), momentum=None)
+    tx = loco.locoprop_momentum(
+        0.3, solver=loco.solvers.conjugate_gradient(4), momentum=None
+    )
     step, state = jax.jit(train_step(loss_fn, tx)), tx.init(params)
     start = loss_fn(params, batch)
     for _ in range(30):

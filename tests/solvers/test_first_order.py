@@ -210,7 +210,7 @@ def test_tolerance_stops_early():
 @pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"local_batch_size": 2}])
 def test_options_work_for_layers_solved_together(options):
     loss_fn, params, batch = regression(MLP(hidden=3), features=3)  # equal layers
-    tx = loco.locoprop(
+    tx = loco.locoprop_momentum(
         1.0,
         solver=loco.solvers.first_order(optax.sgd(0.02), 4, **options),
         momentum=None,

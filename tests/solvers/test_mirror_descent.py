@@ -56,7 +56,7 @@ def test_with_the_squared_distance_it_is_gradient_descent(drawn, strength):
 def test_exponentiated_gradient_keeps_weights_positive_while_it_trains():
     loss_fn, params, batch = regression()
     params = jax.tree.map(lambda p: jnp.abs(p) + 0.1, params)
-    tx = loco.locoprop(
+    tx = loco.locoprop_momentum(
         1.0,
         target=loco.targets.gradient_descent(1.0),
         regularizer=loco.regularizers.relative_entropy(20.0),
