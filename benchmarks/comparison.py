@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import Progress
 
 from benchmarks import report
-from benchmarks.contestants import MIXED
+from benchmarks.contestants import CONTESTANTS, MIXED
 from benchmarks.provenance import provenance
 from benchmarks.training import Problem, Task, Trainer, make_task, start
 
@@ -82,7 +82,7 @@ def every_few_steps(
         name=name,
         description=description,
         optimizers=("adamw", *MIXED),
-        default=("adamw", *MIXED),
+        default=("adamw", *(name for name in MIXED if CONTESTANTS[name].peer is None)),
         batch_size=batch_size,
         add_arguments=add_all,
         problem=problem,

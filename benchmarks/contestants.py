@@ -46,6 +46,8 @@ class Contestant(NamedTuple):
       space: what is tuned.
       peer: the script in `benchmarks/peers` that runs it; None for an optimizer of this
         process.
+      lent: whether that script takes gradients from this process, rather than train a
+        model of its own.
       needs: what its update is given beside the gradient.
     """
 
@@ -53,6 +55,7 @@ class Contestant(NamedTuple):
     make: Callable[..., Any]
     space: Space
     peer: str | None = None
+    lent: bool = False
     needs: frozenset[Literal["intermediates", "curvature", "functions", "value"]] = (
         frozenset()
     )
@@ -148,6 +151,7 @@ def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
     return lambda steps, **settings: {**fixed, "total_steps": steps, **settings}
 
 
+_soap = _to_peer(optimizer="soap", weight_decay=0.0)
 INTERMEDIATES = frozenset({"intermediates"})
 CURVATURE = frozenset({"intermediates", "curvature"})
 PAPER: Space = {
@@ -169,8 +173,14 @@ LOCOPROP_MOMENTUM: Space = {
 }
 MUON: Space = {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM}
 FALLBACK: Space = {"fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)}
+SOAP: Space = {
+    "learning_rate": RATE,
+    "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
+    "eps": EPS,
+}
 MIXED = (  # for models that are more than layers
     "muon_and_adam",
+    "soap_and_adam",
     "locoprop_and_adamw",
     "locoprop_momentum_and_adamw",
 )
@@ -292,15 +302,9 @@ CONTESTANTS: dict[str, Contestant] = {
         },
         peer="torch_optimizers",
     ),
-    "soap": Contestant(
-        "SOAP",
-        _to_peer(optimizer="soap", weight_decay=0.0),
-        {
-            "learning_rate": RATE,
-            "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
-            "eps": EPS,
-        },
-        peer="torch_optimizers",
+    "soap": Contestant("SOAP", _soap, SOAP, peer="torch_optimizers"),
+    "soap_and_adam": Contestant(
+        "SOAP, Adam for vectors", _soap, SOAP, peer="torch_steps", lent=True
     ),
     "torch_locoprop": Contestant(
         "PyTorch's locoprop",

@@ -18,16 +18,18 @@ class Peer(NamedTuple):
 
     Attributes:
       process: answers each line with one.
+      folder: what it shares with this process.
       log: what it writes beside its answers.
       versions: of its packages.
     """
 
     process: subprocess.Popen[str]
+    folder: Path
     log: Path
     versions: dict[str, str]
 
     def ask(self, **asked: Any) -> dict[str, Any]:
-        """One answer, to `steps=3` or `evaluate=True`.
+        """One answer, such as that to `steps=3` or `evaluate=True`.
 
         Raises:
           RuntimeError: if the peer has ended, with the last line that it wrote.
@@ -78,12 +80,31 @@ def start(
     for i in range(len(params)):
         for name, leaf in params[f"Dense_{i}"].items():
             arrays[f"{name}_{i}"] = np.asarray(leaf)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "start.npz"
-        np.savez(file, **arrays)
-        command = [python, FOLDER / f"{script}.py", "--input", file]
-        command += ["--settings", json.dumps(dict(settings or {}))]
-        pipe, log = subprocess.PIPE, Path(folder) / "log"
+    with launch(python, script, arrays, settings or {}) as peer:
+        yield peer
+
+
+@contextmanager
+def launch(
+    python: Path,
+    script: str,
+    arrays: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+) -> Iterator[Peer]:
+    """Starts a script of `benchmarks/peers`, and ends it with the block.
+
+    Args:
+      python: the interpreter of its environment.
+      script: its name.
+      arrays: what it reads.
+      settings: what its docstring lists.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.savez(folder / "start.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        command = [python, FOLDER / f"{script}.py", "--input", folder / "start.npz"]
+        command += ["--settings", json.dumps(dict(settings))]
+        pipe, log = subprocess.PIPE, folder / "log"
         with (
             log.open("w") as errors,
             subprocess.Popen(
@@ -91,6 +112,7 @@ def start(
             ) as process,
         ):
             try:
-                yield Peer(process, log, _read(process, log)["versions"])
+                versions = _read(process, log)["versions"]
+                yield Peer(process, folder, log, versions)
             finally:
                 process.kill()

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import locoprop_optax as loco
-from benchmarks import peer
+from benchmarks import lender, peer
 from benchmarks.contestants import CONTESTANTS
 
 
@@ -121,8 +121,9 @@ def start(
     contestant = CONTESTANTS[name]
     first = {key: range_.first for key, range_ in contestant.space.items()}
     settings = first | dict(settings or {})
+    made = contestant.make(len(task.order), **settings)
     if contestant.peer is None:
-        yield _Local(name, task, settings)
+        yield _Local(name, task, made)
         return
     interpreter = (interpreters or {}).get(contestant.peer)
     if interpreter is None:
@@ -130,7 +131,10 @@ def start(
             f"{contestant.label} runs in an environment of its own: give "
             f"`--peer {contestant.peer}=PYTHON`, its interpreter."
         )
-    made = contestant.make(len(task.order), **settings)
+    if contestant.lent:
+        with lender.lent(interpreter, contestant.peer, task.params, made) as lent:
+            yield _Local(name, task, lent.optimizer, lent.about)
+        return
     with peer.start(
         interpreter,
         contestant.peer,
@@ -169,11 +173,15 @@ class _Remote:
 class _Local:
     """An optimizer in this process, its step compiled."""
 
-    def __init__(self, name: str, task: Task, settings: Mapping[str, Any]):
-        contestant = CONTESTANTS[name]
-        made = contestant.make(len(task.order), **settings)
-        self._tx = optax.with_extra_args_support(made)
-        self._contestant, self._task, self._done = contestant, task, 0
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        tx: optax.GradientTransformation,
+        about: Callable[[], dict[str, Any]] = dict,
+    ):
+        self._tx, self._about = optax.with_extra_args_support(tx), about
+        self._contestant, self._task, self._done = CONTESTANTS[name], task, 0
         self._train, self._test = (
             Examples(*map(jnp.asarray, examples))
             for examples in (task.problem.train, task.problem.test)
@@ -264,6 +272,7 @@ class _Local:
             "state_size": state / params,
             "peak_size": held / params,
             "compile_seconds": round(self._compile_seconds, 2),
+            **self._about(),
         }
 
 
