@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 import locoprop_optax as loco
 from locoprop_optax._gauss_newton import Linearization
 from locoprop_optax._layers import layers_of
+from tests.helpers import MLP, regression
 
 X = jax.random.normal(jax.random.key(0), (12, 5))
 CLASSES = jnp.arange(12) % 3
@@ -431,3 +433,18 @@ def test_the_pass_back_begins_at_the_last_layer_under_any_lift(lift, whole):
     np.testing.assert_allclose(
         layers["first"].sampled_cotangents, expected, rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_locoprop_keeps_dtypes_and_takes_injected_rates(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        loss_fn, params, batch = regression(MLP(dtype=dtype, param_dtype=dtype))
+        tx = optax.inject_hyperparams(loco.locoprop)(learning_rate=0.5)
+        state = tx.init(params)
+        capture = loco.linen.value_and_grad(loss_fn, curvature=True)
+        before, grads, intermediates = capture(params, batch)
+        extra = {"intermediates": intermediates}
+        updates, new_state = tx.update(grads, state, params, **extra)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        assert loss_fn(optax.apply_updates(params, updates), batch) < before

@@ -228,7 +228,7 @@ def _bits_of(arrays: Sequence[Any]) -> jax.Array:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jax.random.key_data(array)
         if jnp.issubdtype(array.dtype, jnp.inexact):
-            array = jnp.abs(array).astype(jnp.float32)
+            array = array.astype(jnp.float32)
             array = jax.lax.bitcast_convert_type(array, jnp.uint32)
         total += jnp.sum(jnp.asarray(array).astype(jnp.uint32))
     return total
