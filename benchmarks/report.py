@@ -172,7 +172,7 @@ def plot_curves(results: Results, path: Path) -> None:
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        unit = unit_of(results)
+        unit, few = unit_of(results), len(groups) < 6
         for axes, key in ((left, KEYS[unit]), (right, "seconds")):
             for i, (name, runs) in enumerate((n, g) for n, g in groups.items() if g):
                 shared = min(len(run["curve"]) for run in runs)
@@ -185,12 +185,13 @@ def plot_curves(results: Results, path: Path) -> None:
                 dashes = "-" if i < 10 else "--"
                 train, test = mean("train_loss"), mean("test_loss")
                 axes.plot(mean(key), train, dashes, label=label(name), **style)
-                axes.plot(mean(key), test, ":", alpha=0.8, **style)
+                if few:
+                    axes.plot(mean(key), test, ":", alpha=0.8, **style)
             axes.set_xlabel(f"{unit}s" if axes is left else "seconds of training")
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
-        left.set_ylabel("loss (dotted: test)")
-        left.legend(frameon=False, fontsize=8 if len(groups) < 6 else 5)
+        left.set_ylabel("loss (dotted: test)" if few else "training loss")
+        left.legend(frameon=False, fontsize=8 if few else 5)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"{title(results)}; {where}", fontsize=10)

@@ -15,6 +15,12 @@ def test_tables_of_the_readme_are_the_committed_results(data):
     )
 
 
+def test_the_page_of_results_is_the_committed_results():
+    path = ROOT / "benchmarks" / "results" / "autoencoder_mnist.jsonl"
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert report.milestones(report.read_results(path)) in page
+
+
 def test_the_command_shows_a_table_and_draws_a_picture(tmp_path, capsys):
     source = ROOT / "benchmarks" / "results" / "autoencoder_curves.jsonl"
     copy = tmp_path / "autoencoder_curves.jsonl"
