@@ -295,16 +295,21 @@ def _matching_of_loss(
         return jnp.sum(run(equations, {**others, start: preactivations})[loss])
 
     gradient = jax.jit(jax.grad(loss_of))
+    tolerance = max(1e-3, 4 * float(jnp.finfo(aval.dtype).eps))
     points = 1.5 * rng.standard_normal((3, *aval.shape))
     gradients = [gradient(np.asarray(point, aval.dtype)) for point in points]
     for transfer in known:
-        monotone = transfer.conjugate is not None
-        if monotone and _proportional(gradients, [_apply(transfer, p) for p in points]):
+        if transfer.conjugate is None:  # not monotone
+            continue
+        outputs = [_apply(transfer, point) for point in points]
+        if _proportional(gradients, outputs, tolerance):
             return transfer
     return None
 
 
-def _proportional(gradients: Sequence[Any], outputs: Sequence[Any]) -> bool:
+def _proportional(
+    gradients: Sequence[Any], outputs: Sequence[Any], tolerance: float
+) -> bool:
     """Whether differences of the one are fixed weights, not negative, times those."""
 
     def differences(values):
@@ -316,8 +321,8 @@ def _proportional(gradients: Sequence[Any], outputs: Sequence[Any]) -> bool:
     scale = np.max(np.abs(left), initial=0.0)
     if not np.isfinite(scale) or scale == 0:
         return False
-    same = np.max(np.abs(left - right)) < 1e-3 * scale
-    return bool(same and np.min(g1 * f1) > -1e-3 * np.max(np.abs(g1 * f1)))
+    same = np.max(np.abs(left - right)) < tolerance * scale
+    return bool(same and np.min(g1 * f1) > -tolerance * np.max(np.abs(g1 * f1)))
 
 
 def _needed_for(
