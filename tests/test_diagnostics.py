@@ -38,7 +38,7 @@ def test_numbers_of_one_layer():
 
 
 @pytest.mark.parametrize(
-    "make", [loco.locoprop, lambda **kw: loco.locoprop_m(1e-3, **kw)]
+    "make", [loco.locoprop_momentum, lambda **kw: loco.locoprop_m(1e-3, **kw)]
 )
 def test_off_by_default_and_without_effect_on_updates(make):
     loss_fn, params, batch = regression()
