@@ -176,37 +176,41 @@ class Plan(NamedTuple):
             probes[path][str(number)] = Seeded(record, seed)
         return probes
 
-    def collect(self, records: Probes, gradient: Layers) -> Intermediates:
-        """The intermediates of all layers."""
+    def intermediates(
+        self,
+        params: Any,
+        grads: Any,
+        records: Probes,
+        seeded_records: Callable[[Probes], Probes] | None = None,
+    ) -> Intermediates:
+        """The intermediates of all layers.
+
+        Args:
+          params: the parameters.
+          grads: the loss's gradients.
+          records: of all calls.
+          seeded_records: from probes with seeds to their records, for the loss's
+            curvature and sampled cotangents; None to do without.
+        """
+        gradient = layers_of(grads)
+        captured = self._collect(records, gradient)
+        if seeded_records is None:
+            return captured
+        layers = layers_of(params)
+        parted = part(self.closed, self.by_loss, self.arguments, layers)
+        found = seeded_records(self.probes(sampled_at_outputs(parted, layers)))
+        for path, number in self.by_loss:
+            found[path][str(number)] = found[path][str(number)].record
+        both = add_sampled_cotangents(captured, self._collect(found, gradient))
+        return replace(both, curvature=curvature_at(parted, layers, gradient))
+
+    def _collect(self, records: Probes, gradient: Layers) -> Intermediates:
         return Intermediates(
             {
                 path: capture.collect(records[path], gradient[path])
                 for path, capture in self.captures.items()
             }
         )
-
-    def add_curvature(
-        self,
-        intermediates: Intermediates,
-        params: Any,
-        gradient: Layers,
-        records_of: Callable[[Probes], Probes],
-    ) -> Intermediates:
-        """Adds the loss's curvature and sampled cotangents.
-
-        Args:
-          intermediates: from the loss.
-          params: the parameters.
-          gradient: the loss's gradient, by layer and name.
-          records_of: from probes to the records.
-        """
-        layers = layers_of(params)
-        parted = part(self.closed, self.by_loss, self.arguments, layers)
-        records = records_of(self.probes(sampled_at_outputs(parted, layers)))
-        for path, number in self.by_loss:
-            records[path][str(number)] = records[path][str(number)].record
-        both = add_sampled_cotangents(intermediates, self.collect(records, gradient))
-        return replace(both, curvature=curvature_at(parted, layers, gradient))
 
 
 def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:

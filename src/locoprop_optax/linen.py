@@ -27,7 +27,7 @@ from locoprop_optax._capture import (
 )
 from locoprop_optax._gauss_newton import ModelAndLoss
 from locoprop_optax._intermediates import Intermediates
-from locoprop_optax._layers import PathPattern, layers_of, matches
+from locoprop_optax._layers import PathPattern, matches
 from locoprop_optax._linen_layers import linear_map_of, register_linear
 from locoprop_optax._probes import recorded
 from locoprop_optax._transfers import Transfer
@@ -104,15 +104,9 @@ def value_and_grad(
 
         differentiate = partial(jax.value_and_grad, probed_loss, has_aux=has_aux)
         value, (grads, records) = differentiate((0, 1))(params, found.probes())
-        gradient = layers_of(grads)
-        intermediates = found.collect(records, gradient)
-        if curvature:
-            intermediates = found.add_curvature(
-                intermediates,
-                params,
-                gradient,
-                lambda probes: differentiate(1)(params, probes)[1],
-            )
+        back = differentiate(1)
+        seeded_records = (lambda probes: back(params, probes)[1]) if curvature else None
+        intermediates = found.intermediates(params, grads, records, seeded_records)
         return value, grads, intermediates
 
     return loss_grads_and_intermediates

@@ -26,7 +26,7 @@ from locoprop_optax._capture import (
 )
 from locoprop_optax._gauss_newton import ModelAndLoss
 from locoprop_optax._intermediates import Intermediates
-from locoprop_optax._layers import PathPattern, layers_of, matches
+from locoprop_optax._layers import PathPattern, matches
 from locoprop_optax._nnx_layers import linear_map_of, register_linear
 from locoprop_optax._probes import recorded
 from locoprop_optax._transfers import Transfer
@@ -116,19 +116,13 @@ def value_and_grad(
         (loss, (aux, changed)), (grads, records) = differentiate((0, 1))(
             params, found.probes()
         )
+        back = differentiate(1)
         nnx.update(model, changed[0])
         for given, states in ((args, changed[1]), (kwargs, changed[2])):
             for key, state in states.items():
                 nnx.update(given[key], state)
-        gradient = layers_of(grads)
-        intermediates = found.collect(records, gradient)
-        if curvature:
-            intermediates = found.add_curvature(
-                intermediates,
-                params,
-                gradient,
-                lambda probes: differentiate(1)(params, probes)[1],
-            )
+        seeded_records = (lambda probes: back(params, probes)[1]) if curvature else None
+        intermediates = found.intermediates(params, grads, records, seeded_records)
         value = (loss, aux) if has_aux else loss
         return value, grads, intermediates
 
