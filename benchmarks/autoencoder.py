@@ -13,8 +13,13 @@ from typing import Any
 
 from benchmarks import comparison, datasets
 from benchmarks.contestants import CONTESTANTS, MIXED
-from benchmarks.network import NETWORKS, TRANSFERS, Autoencoder, cross_entropy
-from benchmarks.training import Examples, Problem
+from benchmarks.networks import (
+    NETWORKS,
+    TRANSFERS,
+    Autoencoder,
+    sigmoid_cross_entropy,
+)
+from benchmarks.problem import Examples, Problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def problem_of(images: datasets.Images, model: Autoencoder) -> Problem:
     """Images are to be reproduced."""
     train, test = (Examples(part, part) for part in images)
-    return Problem(model, cross_entropy, train, test, len(images.train))
+    return Problem(model, sigmoid_cross_entropy, train, test, len(images.train))
 
 
 def model_of(options: argparse.Namespace) -> Autoencoder:

@@ -10,58 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
 from benchmarks import comparison, datasets
-from benchmarks.training import Examples, Problem
-from benchmarks.transformer import cross_entropy
-
-
-class Block(nn.Module):
-    """Two convolutions, added to their input.
-
-    Attributes:
-      channels: of the output.
-      stride: of the first convolution.
-    """
-
-    channels: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From an image to another."""
-        conv = partial(nn.Conv, self.channels, (3, 3), use_bias=False)
-        norm = partial(nn.GroupNorm, num_groups=8)
-        y = conv(strides=self.stride)(nn.relu(norm()(x)))
-        y = conv()(nn.relu(norm()(y)))
-        if x.shape != y.shape:
-            x = nn.Conv(self.channels, (1, 1), self.stride, use_bias=False)(x)
-        return x + y
-
-
-class ResidualNetwork(nn.Module):
-    """From images to the logits of their classes.
-
-    Attributes:
-      channels: of the first stage; the second has twice as many.
-      classes: how many there are.
-    """
-
-    channels: int = 16
-    classes: int = 10
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """From rows of pixels."""
-        x = images.reshape(-1, 28, 28, 1)
-        x = nn.Conv(self.channels, (3, 3), use_bias=False)(x)
-        for channels, stride in ((1, 1), (1, 1), (2, 2), (2, 1)):
-            x = Block(channels * self.channels, stride)(x)
-        x = nn.relu(nn.GroupNorm(num_groups=8)(x))
-        return nn.Dense(self.classes)(jnp.mean(x, axis=(1, 2)))
+from benchmarks.networks import ResidualNetwork, softmax_cross_entropy
+from benchmarks.problem import Examples, Problem
 
 
 def load(options: argparse.Namespace) -> Problem:
@@ -74,7 +25,7 @@ def load(options: argparse.Namespace) -> Problem:
     )
     return Problem(
         ResidualNetwork(options.channels),
-        cross_entropy,
+        softmax_cross_entropy,
         train,
         test,
         len(test.inputs),

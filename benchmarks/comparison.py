@@ -18,8 +18,9 @@ from rich.progress import Progress
 
 from benchmarks import report
 from benchmarks.contestants import CONTESTANTS, MIXED
+from benchmarks.problem import Problem, Task, make_task
 from benchmarks.provenance import provenance
-from benchmarks.training import Problem, Task, Trainer, make_task, start
+from benchmarks.training import Trainer, start
 
 
 class Benchmark(NamedTuple):
@@ -72,6 +73,8 @@ def every_few_steps(
       settings: as there.
     """
 
+    optimizers = ("adamw", "kfac", *MIXED)
+
     def add_all(parser):
         add_arguments(parser)
         parser.add_argument(
@@ -81,8 +84,8 @@ def every_few_steps(
     return Benchmark(
         name=name,
         description=description,
-        optimizers=("adamw", *MIXED),
-        default=("adamw", *(name for name in MIXED if CONTESTANTS[name].peer is None)),
+        optimizers=optimizers,
+        default=tuple(name for name in optimizers if CONTESTANTS[name].peer is None),
         batch_size=batch_size,
         add_arguments=add_all,
         problem=problem,

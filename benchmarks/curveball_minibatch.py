@@ -26,7 +26,7 @@ from rich.table import Table
 
 import locoprop_optax as loco
 from benchmarks import datasets, report
-from benchmarks.network import Autoencoder
+from benchmarks.networks import Autoencoder
 from benchmarks.provenance import provenance
 
 

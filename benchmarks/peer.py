@@ -1,6 +1,7 @@
 """Optimizers that run in environments of their own, as `benchmarks/peers` has them."""
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,9 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from benchmarks.networks import described
+from benchmarks.problem import Task
+
 FOLDER = Path(__file__).parent / "peers"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class Peer(NamedTuple):
@@ -52,35 +58,26 @@ def _read(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
 
 @contextmanager
 def start(
-    python: Path,
-    script: str,
-    params: Mapping[str, Any],
-    train: np.ndarray,
-    order: np.ndarray,
-    *,
-    test: np.ndarray | None = None,
-    transfer: str = "tanh",
-    settings: Mapping[str, Any] | None = None,
+    python: Path, script: str, task: Task, settings: Mapping[str, Any]
 ) -> Iterator[Peer]:
-    """Starts a peer, and ends it with the block.
+    """Starts a peer on a task, and ends it with the block.
 
     Args:
       python: the interpreter of its environment.
       script: its name in `benchmarks/peers`.
-      params: of the autoencoder, `Dense_0` and so on.
-      train: the images.
-      order: the rows of `train` in each batch.
-      test: images for `evaluate`; default the first batch.
-      transfer: between the layers, "tanh" or "relu".
+      task: what to train on.
       settings: what the script's docstring lists.
     """
-    test = train[order[0]] if test is None else test
-    arrays = {"train": train, "test": test, "order": order}
-    arrays["transfer"] = np.asarray(transfer)
-    for i in range(len(params)):
-        for name, leaf in params[f"Dense_{i}"].items():
-            arrays[f"{name}_{i}"] = np.asarray(leaf)
-    with launch(python, script, arrays, settings or {}) as peer:
+    problem = task.problem
+    arrays = {"order": task.order, "measured": np.asarray(problem.measured)}
+    arrays["model"] = np.asarray(json.dumps(described(problem.model)))
+    for name in ("train", "test"):
+        for part, array in getattr(problem, name)._asdict().items():
+            arrays[f"{name}_{part}"] = array
+    for path, leaf in jax.tree.leaves_with_path(task.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        arrays[f"params/{name}"] = np.asarray(leaf)
+    with launch(python, script, arrays, settings) as peer:
         yield peer
 
 
@@ -108,7 +105,12 @@ def launch(
         with (
             log.open("w") as errors,
             subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=errors, text=True
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=errors,
+                text=True,
+                env=ENVIRONMENT,
             ) as process,
         ):
             try:

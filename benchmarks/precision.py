@@ -18,8 +18,8 @@ from rich.table import Table
 import locoprop_optax as loco
 from benchmarks import autoencoder, comparison, report
 from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
+from benchmarks.problem import make_task
 from benchmarks.provenance import provenance
-from benchmarks.training import make_task
 
 BFLOAT16 = "BF16_BF16_F32"
 MAKERS = {

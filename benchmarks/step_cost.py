@@ -25,10 +25,13 @@ from optax import contrib
 from rich.progress import track
 
 import locoprop_optax as loco
+from benchmarks.autoencoder import problem_of
 from benchmarks.ceilings import ceilings, launches
-from benchmarks.network import HIDDEN, Autoencoder, reconstruction_loss
+from benchmarks.datasets import Images
+from benchmarks.networks import HIDDEN, Autoencoder, reconstruction_loss
 from benchmarks.operations import operations
 from benchmarks.peer import start
+from benchmarks.problem import Task
 from benchmarks.provenance import provenance
 from benchmarks.step_report import show
 
@@ -210,9 +213,10 @@ def beside_peer(
         adam = ours["adam"]
         seconds: dict[str, list[float]] = {v: [] for v in (*ours, name)}
         losses: dict[str, list[float]] = {v: [] for v in (*ours, name)}
-        images, order = np.asarray(adam.batch), np.tile(np.arange(n), (repeats + 1, 1))
-        params = adam.carry[0]
-        with start(python, name, params, images, order, settings=settings) as peer:
+        images = Images(*2 * [np.asarray(adam.batch)])
+        order = np.tile(np.arange(n), (repeats + 1, 1))
+        task = Task(problem_of(images, adam.model), adam.carry[0], order)
+        with start(python, name, task, settings) as peer:
             for _ in track(range(repeats + 1), f"{name}, {settings}"):
                 for variant, step in ours.items():
                     began = time.perf_counter()

@@ -1,6 +1,5 @@
 """Training with one contestant: in this process, or in a peer's."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,45 +15,7 @@ import optax
 import locoprop_optax as loco
 from benchmarks import lender, peer
 from benchmarks.contestants import CONTESTANTS
-
-
-class Examples(NamedTuple):
-    """Inputs and targets, one example a row."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-
-
-class Problem(NamedTuple):
-    """What is to be learned.
-
-    Attributes:
-      model: from inputs to outputs.
-      cost: from outputs and targets to the loss, a mean over examples.
-      train: the training examples.
-      test: examples that are held out.
-      measured: on how many of the training examples, the first, their loss is measured.
-    """
-
-    model: nn.Module
-    cost: Callable[[Any, Any], jax.Array]
-    train: Examples
-    test: Examples
-    measured: int
-
-
-class Task(NamedTuple):
-    """What all contestants have alike.
-
-    Attributes:
-      problem: what is to be learned.
-      params: where all start.
-      order: the rows of the training examples in each batch, one row a step.
-    """
-
-    problem: Problem
-    params: Any
-    order: np.ndarray
+from benchmarks.problem import Examples, Task
 
 
 class Trained(NamedTuple):
@@ -79,25 +39,6 @@ class Trainer(Protocol):
     def described(self) -> dict[str, Any]:
         """What else is to be reported: memory, compilation, versions."""
         ...
-
-
-def make_task(problem: Problem, *, steps: int, batch_size: int, seed: int) -> Task:
-    """Draws the first weights and all batches, epoch after epoch.
-
-    Raises:
-      ValueError: if there are fewer examples than one batch holds.
-    """
-    inputs = problem.train.inputs
-    batches = len(inputs) // batch_size
-    if batches < 1:
-        raise ValueError(f"{len(inputs)} examples make no batch of {batch_size}.")
-    params = problem.model.init(jax.random.key(seed), inputs[:1])["params"]
-    rng = np.random.default_rng(seed)
-    epochs = [
-        rng.permutation(len(inputs))[: batches * batch_size].reshape(batches, -1)
-        for _ in range(math.ceil(steps / batches))
-    ]
-    return Task(problem, params, np.concatenate(epochs)[:steps])
 
 
 @contextmanager
@@ -135,16 +76,7 @@ def start(
         with lender.lent(interpreter, contestant.peer, task.params, made) as lent:
             yield _Local(name, task, lent.optimizer, lent.about)
         return
-    with peer.start(
-        interpreter,
-        contestant.peer,
-        task.params,
-        task.problem.train.inputs,
-        task.order,
-        test=task.problem.test.inputs,
-        transfer=getattr(task.problem.model, "transfer", ""),
-        settings=made,
-    ) as running:
+    with peer.start(interpreter, contestant.peer, task, made) as running:
         yield _Remote(running)
 
 

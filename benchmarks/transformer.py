@@ -10,74 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import comparison
-from benchmarks.training import Examples, Problem
+from benchmarks.networks import Transformer, softmax_cross_entropy
+from benchmarks.problem import Examples, Problem
 
 MEASURED = 1024
-
-
-class Block(nn.Module):
-    """Causal attention, then two dense layers, each added to its input.
-
-    Attributes:
-      heads: of the attention.
-    """
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From a sequence of vectors to another."""
-        width = x.shape[-1]
-
-        def split(y):
-            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
-
-        y = nn.LayerNorm()(x)
-        q, k, v = (split(nn.Dense(width, name=name)(y)) for name in "qkv")
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + nn.Dense(width, name="out")(attended.reshape(x.shape))
-        y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(y)
-
-
-class Transformer(nn.Module):
-    """A language model of characters.
-
-    Attributes:
-      characters: how many there are.
-      width: of the vectors.
-      blocks: how many follow each other.
-      heads: of each attention.
-    """
-
-    characters: int
-    width: int = 128
-    blocks: int = 3
-    heads: int = 4
-
-    @nn.compact
-    def __call__(self, text: jax.Array) -> jax.Array:
-        """From characters to the logits of those that follow."""
-        x = nn.Embed(self.characters, self.width)(text)
-        x = x + self.param(
-            "positions", nn.initializers.normal(0.02), (text.shape[-1], self.width)
-        )
-        for _ in range(self.blocks):
-            x = Block(self.heads)(x)
-        return nn.Dense(self.characters)(nn.LayerNorm()(x))
-
-
-def cross_entropy(logits: Any, labels: Any) -> jax.Array:
-    """Softmax cross-entropy, the mean over all labels."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(losses)
 
 
 def windows(text: np.ndarray, context: int) -> Examples:
@@ -96,7 +35,7 @@ def load(options: argparse.Namespace) -> Problem:
     train, test = np.split(text.astype(np.int32), [round(0.9 * len(text))])
     return Problem(
         Transformer(len(known), options.width, options.blocks),
-        cross_entropy,
+        softmax_cross_entropy,
         windows(train, options.context),
         Examples(*(part[:MEASURED] for part in windows(test, options.context))),
         MEASURED,

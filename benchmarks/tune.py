@@ -23,8 +23,9 @@ from rich.table import Table
 from benchmarks import autoencoder, cnn, transformer
 from benchmarks.comparison import add_arguments, interpreters_of
 from benchmarks.contestants import CONTESTANTS, Choice, Space
+from benchmarks.problem import Task, make_task
 from benchmarks.provenance import provenance
-from benchmarks.training import Task, make_task, start
+from benchmarks.training import start
 
 BENCHMARKS = {b.name: b for b in (m.BENCHMARK for m in (autoencoder, cnn, transformer))}
 

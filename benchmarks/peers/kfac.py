@@ -1,13 +1,15 @@
-"""K-FAC of `kfac-jax` on the deep autoencoder.
+"""K-FAC of `kfac-jax` on the models of `benchmarks.networks`.
 
 Its environment holds kfac-jax 0.0.8, jax 0.9.1, flax 0.12.6 and numpy; the release does
 not run with jax 0.10. Settings: `adaptive` (step size, momentum and damping by the
 quadratic model, as its authors advise; default true), else `learning_rate`, warmed up
 and decayed over `total_steps`, and `momentum`; `damping`, the first or the fixed one;
-`inverse_update_period`.
+`inverse_update_period`. Layers that the package does not know, such as embeddings, get
+the diagonal blocks that it gives them.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,41 +17,47 @@ import jax
 import jax.numpy as jnp
 import kfac_jax
 import numpy as np
-from protocol import Trainer, layers_of, rate_at, serve
+from flax import traverse_util
+from protocol import Arrays, Examples, Trainer, examples, rate_at, serve
 
-TRANSFERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+from benchmarks import networks
 
 
-def logits_of(params: Any, images: jax.Array, transfer: str) -> jax.Array:
-    """A transfer function between dense layers, but for a linear code, to logits."""
-    x = images
-    for i, (kernel, bias) in enumerate(params):
-        x = x @ kernel + bias
-        if i not in (len(params) // 2 - 1, len(params) - 1):
-            x = TRANSFERS[transfer](x)
-    return x
+def registered_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The loss, of which kfac-jax is told the distribution that it belongs to.
+
+    That is a class for each row of logits where targets are integers, else an
+    independent binary variable for each logit.
+    """
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        rows = logits.reshape(-1, logits.shape[-1])
+        kfac_jax.register_softmax_cross_entropy_loss(
+            rows, targets.reshape(-1), weight=len(logits) / len(rows)
+        )
+        return networks.softmax_cross_entropy(logits, targets)
+    kfac_jax.register_multi_bernoulli_predictive_distribution(logits, targets)
+    return networks.sigmoid_cross_entropy(logits, targets)
 
 
 @cache
-def loss_of(transfer: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """Sigmoid cross-entropy, summed over pixels and averaged over images."""
+def loss_of(description: str) -> Callable[[Any, Any], jax.Array]:
+    """From the parameters and a batch to the loss of the model so described."""
+    model = networks.from_description(json.loads(description))
 
-    def loss(params, images):
-        logits = logits_of(params, images, transfer)
-        kfac_jax.register_multi_bernoulli_predictive_distribution(logits, images)
-        losses = jnp.logaddexp(0.0, logits) - logits * images
-        return jnp.mean(jnp.sum(losses, axis=-1))
+    def loss(params, batch):
+        inputs, targets = batch
+        return registered_loss(model.apply({"params": params}, inputs), targets)
 
     return loss
 
 
 @cache
 def optimizer_of(
-    transfer: str, adaptive: bool, damping: float, period: int
+    description: str, adaptive: bool, damping: float, period: int
 ) -> kfac_jax.Optimizer:
     """K-FAC; what it has compiled serves all runs with these settings."""
     return kfac_jax.Optimizer(
-        jax.value_and_grad(loss_of(transfer)),
+        jax.value_and_grad(loss_of(description)),
         l2_reg=0.0,
         use_adaptive_learning_rate=adaptive,
         use_adaptive_momentum=adaptive,
@@ -60,14 +68,14 @@ def optimizer_of(
     )
 
 
-def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
     """K-FAC with these settings."""
-    transfer = str(arrays["transfer"])
+    description = str(arrays["model"])
     adaptive = settings.get("adaptive", True)
     damping = settings.get("damping", 150.0)
     period = settings.get("inverse_update_period", 5)
-    optimizer = optimizer_of(transfer, adaptive, damping, period)
-    evaluate = jax.jit(loss_of(transfer))
+    optimizer = optimizer_of(description, adaptive, damping, period)
+    evaluate = jax.jit(loss_of(description))
 
     def given(count: int) -> dict[str, jax.Array]:
         if adaptive:
@@ -78,21 +86,20 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
         names = ("learning_rate", "momentum", "damping")
         return dict(zip(names, map(jnp.asarray, fixed), strict=True))
 
-    params = [
-        (jnp.asarray(arrays[f"kernel_{i}"]), jnp.asarray(arrays[f"bias_{i}"]))
-        for i in range(layers_of(arrays)[0])
-    ]
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    first = jnp.asarray(arrays["train"][arrays["order"][0]])
+    flat = {n: jnp.asarray(a) for n, a in arrays.items() if n.startswith("params/")}
+    params = traverse_util.unflatten_dict(flat, sep="/")["params"]
+    size = sum(leaf.size for leaf in flat.values())
+    first = examples(arrays, "train").at(arrays["order"][0])
     key = jax.random.key(0)
-    held = {"params": params, "state": optimizer.init(params, key, first), "count": 0}
+    state = optimizer.init(params, key, on_device(first))
+    held = {"params": params, "state": state, "count": 0}
 
-    def step(images: np.ndarray) -> float:
+    def step(batch: Examples) -> float:
         held["params"], held["state"], stats = optimizer.step(
             held["params"],
             held["state"],
             jax.random.fold_in(key, held["count"]),
-            batch=jnp.asarray(images),
+            batch=on_device(batch),
             global_step_int=held["count"],
             **given(held["count"]),
         )
@@ -102,9 +109,14 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
 
     return Trainer(
         step,
-        lambda images: float(evaluate(held["params"], jnp.asarray(images))),
+        lambda batch: float(evaluate(held["params"], on_device(batch))),
         lambda: sum(np.size(leaf) for leaf in jax.tree.leaves(held["state"])) / size,
     )
+
+
+def on_device(batch: Examples) -> tuple[jax.Array, jax.Array]:
+    """Inputs and targets, a plain pair."""
+    return jnp.asarray(batch.inputs), jnp.asarray(batch.targets)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What every peer does: announce itself, then answer each line of its input.
 
-A peer runs in an environment of its own. It reads a file of arrays, `kernel_i` and
-`bias_i` of each layer, `transfer`, the name of what lies between them, `train` and
-`test` images, and `order`, the rows of `train` in each batch. It takes a few steps, so
-that what is compiled is compiled, and begins anew. Then it writes one line of JSON for
-itself and one for each line it reads:
+A peer runs in an environment of its own. It reads a file of arrays: the parameters,
+such as `params/Dense_0/kernel`; `model`, a description of the model in JSON;
+`train_inputs`, `train_targets`, and the same of `test`; `order`, the rows of the
+training examples in each batch; and `measured`, on how many of those, the first, the
+loss is measured. It takes a few steps, so that what is compiled is compiled, and begins
+anew. Then it writes one line of JSON for itself and one for each line it reads:
 
 - `{"steps": 3}` trains the next three batches: `seconds` and `losses` of each, the
   losses those before the step;
@@ -27,12 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-def layers_of(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """The number of layers, and which of them is the code."""
-    count = sum(name.startswith("kernel_") for name in arrays)
-    return count, count // 2 - 1
-
-
 def rate_at(step: int, total: int | None) -> float:
     """The share of the learning rate in a step: warm-up over 5 %, decay to zero."""
     if total is None:
@@ -43,17 +38,36 @@ def rate_at(step: int, total: int | None) -> float:
     return max(0.0, 1 - (step - warmup) / max(1, total - warmup))
 
 
+Arrays = Mapping[str, np.ndarray]
+
+
+class Examples(NamedTuple):
+    """Inputs and targets, one example a row."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    def at(self, rows: Any) -> "Examples":
+        """Some of them."""
+        return Examples(self.inputs[rows], self.targets[rows])
+
+
+def examples(arrays: Arrays, part: str) -> Examples:
+    """Those of "train" or "test"."""
+    return Examples(arrays[f"{part}_inputs"], arrays[f"{part}_targets"])
+
+
 class Trainer(NamedTuple):
     """A peer's optimizer on its model, the weights inside.
 
     Attributes:
-      step: trains on a batch of images; returns the loss before.
-      loss: the mean loss of some images.
+      step: trains on a batch; returns the loss before.
+      loss: the mean loss of some examples.
       state_size: the optimizer's state in multiples of the parameters.
     """
 
-    step: Callable[[np.ndarray], float]
-    loss: Callable[[np.ndarray], float]
+    step: Callable[[Examples], float]
+    loss: Callable[[Examples], float]
     state_size: Callable[[], float]
 
 
@@ -61,7 +75,7 @@ WARM_UP = 6  # all that K-FAC does from time to time, it does every fifth step
 
 
 def serve(
-    make: Callable[[Mapping[str, np.ndarray], dict[str, Any]], Trainer],
+    make: Callable[[Arrays, dict[str, Any]], Trainer],
     packages: Sequence[str],
 ) -> None:
     """Runs a peer from the command line.
@@ -77,11 +91,12 @@ def serve(
     options = parser.parse_args()
     with np.load(options.input) as file:
         arrays = dict(file)
-    parameters = sum(
-        leaf.nbytes for name, leaf in arrays.items() if name[:4] in ("kern", "bias")
-    )
+    parameters = sum(a.nbytes for n, a in arrays.items() if n.startswith("params/"))
+    train, test = (examples(arrays, part) for part in ("train", "test"))
+    measured = {"train": train.at(slice(arrays["measured"])), "test": test}
     before = peak_memory()
-    compile_seconds = warm_up(make(arrays, options.settings), arrays)
+    first = train.at(arrays["order"][0])
+    compile_seconds = warm_up(make(arrays, options.settings), first)
     trainer = make(arrays, options.settings)
     versions = {name: version(name) for name in (*packages, "numpy")}
     answer({"versions": {"python": platform.python_version(), **versions}})
@@ -91,15 +106,16 @@ def serve(
         if "steps" in asked:
             seconds, losses = [], []
             for _, rows in zip(range(asked["steps"]), batches, strict=False):
-                images = arrays["train"][rows]
+                batch = train.at(rows)
                 began = time.perf_counter()
-                losses.append(trainer.step(images))
+                losses.append(trainer.step(batch))
                 seconds.append(time.perf_counter() - began)
             answer({"seconds": seconds, "losses": losses})
         else:
+            size = len(arrays["order"][0])
             losses = {
-                f"{part}_loss": mean_loss(trainer, arrays[part])
-                for part in ("train", "test")
+                f"{name}_loss": mean_loss(trainer, part, size)
+                for name, part in measured.items()
             }
             about = {
                 "state_size": trainer.state_size(),
@@ -109,15 +125,15 @@ def serve(
             answer({**losses, "about": about})
 
 
-def warm_up(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> float:
+def warm_up(trainer: Trainer, batch: Examples) -> float:
     """Takes a few steps; returns how many seconds more than others the slow ones took.
 
     The fastest step tells what a step takes once all is compiled.
     """
-    images, seconds = arrays["train"][arrays["order"][0]], []
+    seconds = []
     for _ in range(WARM_UP):
         began = time.perf_counter()
-        trainer.step(images)
+        trainer.step(batch)
         seconds.append(time.perf_counter() - began)
     return sum(seconds) - WARM_UP * min(seconds)
 
@@ -128,11 +144,12 @@ def peak_memory() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def mean_loss(trainer: Trainer, images: np.ndarray) -> float:
-    """The mean loss over any number of images, in batches."""
-    parts = [images[i : i + 1000] for i in range(0, len(images), 1000)]
-    losses = [trainer.loss(part) for part in parts]
-    return float(np.average(losses, weights=[len(part) for part in parts]))
+def mean_loss(trainer: Trainer, part: Examples, size: int) -> float:
+    """The mean loss over any number of examples, in batches of a size."""
+    starts = range(0, len(part.inputs), size)
+    batches = [part.at(slice(i, i + size)) for i in starts]
+    losses = [trainer.loss(batch) for batch in batches]
+    return float(np.average(losses, weights=[len(batch.inputs) for batch in batches]))
 
 
 def answer(line: dict[str, Any]) -> None:

@@ -24,14 +24,12 @@ package does differently, and is left as it is:
   over 5 % of them and then decays to zero, from outside.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from locoprop import LocoLayer, LocopropTrainer
-from protocol import Trainer, rate_at, serve
+from protocol import Arrays, Examples, Trainer, rate_at, serve
 from torch import nn
 from torch_network import linear_layers, loss_of, reconstruction_loss
 
@@ -46,17 +44,17 @@ TRANSFERS = {
 }
 
 
-def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
+def autoencoder(arrays: Arrays) -> nn.Sequential:
     """The network, the transfer function of each layer within it."""
     return nn.Sequential(
         *(
             LocoLayer(linear, TRANSFERS[after](), implicit=after == "logits")
-            for linear, after in linear_layers(weights)
+            for linear, after in linear_layers(arrays)
         )
     )
 
 
-def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
     """The package's trainer with the settings of `locoprop_m` and a `correction`."""
     torch.set_num_threads(settings.get("threads", 2))
     model = autoencoder(arrays)
@@ -71,13 +69,13 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
         correction=settings.get("correction", 0.1),
     )
 
-    def step(images: np.ndarray) -> float:
+    def step(examples: Examples) -> float:
         nonlocal done
         for optimizer in trainer.opts:
             now = rate * rate_at(done, settings.get("total_steps"))
             optimizer.param_groups[0]["lr"] = now
         done += 1
-        batch = torch.from_numpy(images)
+        batch = torch.from_numpy(examples.inputs)
         return trainer.step(batch, batch).item()
 
     # Of RMSProp, second moments and momentum for each parameter.

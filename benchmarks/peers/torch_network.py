@@ -1,30 +1,31 @@
 """The deep autoencoder's weights and loss, for the peers in torch."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from protocol import layers_of
+from protocol import Arrays, Examples
 from torch import nn
 
 
-def linear_layers(
-    weights: Mapping[str, np.ndarray],
-) -> Iterator[tuple[nn.Linear, str]]:
+def linear_layers(arrays: Arrays) -> Iterator[tuple[nn.Linear, str]]:
     """Each layer with its weights, and what follows.
 
     That is "tanh" or "relu", "identity" behind the code, and "logits" in the end.
     """
-    layers, code = layers_of(weights)
-    transfer = str(weights["transfer"])
-    after = {code: "identity", layers - 1: "logits"}
-    for i in range(layers):
-        kernel = torch.from_numpy(weights[f"kernel_{i}"])
+    model = json.loads(str(arrays["model"]))
+    count = len(model["hidden"])
+    after = {count // 2: "identity", count: "logits"}
+    for i in range(count + 1):
+        kernel, bias = (
+            torch.from_numpy(arrays[f"params/Dense_{i}/{name}"])
+            for name in ("kernel", "bias")
+        )
         linear = nn.Linear(*kernel.shape)
         with torch.no_grad():
             linear.weight.copy_(kernel.T)
-            linear.bias.copy_(torch.from_numpy(weights[f"bias_{i}"]))
-        yield linear, after.get(i, transfer)
+            linear.bias.copy_(bias)
+        yield linear, after.get(i, model["transfer"])
 
 
 def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -35,8 +36,8 @@ def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Ten
     return losses / len(images)
 
 
-def loss_of(model: nn.Module, images: np.ndarray) -> float:
+def loss_of(model: nn.Module, examples: Examples) -> float:
     """The loss, without gradients."""
-    batch = torch.from_numpy(images)
+    batch = torch.from_numpy(examples.inputs)
     with torch.no_grad():
         return reconstruction_loss(model(batch), batch).item()

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytorch_optimizer
 import torch
-from protocol import Trainer, rate_at, serve
+from protocol import Arrays, Examples, Trainer, rate_at, serve
 from torch import nn
 from torch_network import linear_layers, loss_of, reconstruction_loss
 
@@ -26,17 +25,17 @@ OPTIMIZERS = {
 TRANSFERS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def autoencoder(weights: Mapping[str, np.ndarray]) -> nn.Sequential:
+def autoencoder(arrays: Arrays) -> nn.Sequential:
     """A transfer function between dense layers, but for a linear code, to logits."""
     model = nn.Sequential()
-    for linear, after in linear_layers(weights):
+    for linear, after in linear_layers(arrays):
         model.append(linear)
         if after in TRANSFERS:
             model.append(TRANSFERS[after]())
     return model
 
 
-def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
+def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
     """The model, and the optimizer with these settings."""
     torch.set_num_threads(2)
     model = autoencoder(arrays)
@@ -50,9 +49,9 @@ def make(arrays: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Trainer:
     )
     size = sum(p.numel() for p in model.parameters())
 
-    def step(images: np.ndarray) -> float:
+    def step(examples: Examples) -> float:
         optimizer.zero_grad()
-        batch = torch.from_numpy(images)
+        batch = torch.from_numpy(examples.inputs)
         loss = reconstruction_loss(model(batch), batch)
         loss.backward()
         optimizer.step()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ablation, cnn, report, transformer, tune
+from benchmarks import ablation, cnn, networks, report, transformer, tune
 
 LENGTH = ["--rounds", "2", "--round-steps", "3", "--batch-size", "4"]
 TEXT = ["--width", "16", "--blocks", "1", "--context", "8"]
@@ -55,7 +55,7 @@ def test_the_whole_command_with_what_was_tuned(module, size, folder):
 
 
 def test_the_transformer_does_not_look_ahead():
-    model = transformer.Transformer(5, width=8, blocks=2, heads=2)
+    model = networks.Transformer(5, width=8, blocks=2, heads=2)
     text = jnp.asarray([[0, 1, 2, 3, 4, 0]])
     params = model.init(jax.random.key(0), text)
     before = model.apply(params, text)

@@ -1,16 +1,25 @@
 """The protocol of peers, with one that needs no environment of its own."""
 
+import json
 import sys
 from pathlib import Path
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peer
+from benchmarks import networks, peer
+from benchmarks.problem import Examples, Problem, Task
 
 PARAMS = {"Dense_0": {"kernel": np.full((2, 2), 3.0), "bias": np.ones(2)}}
-IMAGES = np.arange(8.0).reshape(4, 2)
+IMAGES = Examples(*2 * [np.arange(8.0).reshape(4, 2)])
+MODEL = networks.Autoencoder(hidden=(), pixels=2, transfer="relu")
+COST = networks.sigmoid_cross_entropy
+TEST = Examples(*(part[:2] for part in IMAGES))
 ORDER = np.asarray([[0, 1], [2, 3], [3, 3]])
+TASK = Task(Problem(MODEL, COST, IMAGES, TEST, 3), PARAMS, ORDER)
 SCRIPT = """
 import sys
 import time
@@ -28,15 +37,14 @@ held = []
 def make(arrays, settings):
     if settings.get("broken"):
         raise ValueError("broken")
-    assert arrays["transfer"] == settings.get("wanted", "tanh")
-    scale = settings["scale"] * arrays["kernel_0"][0, 0]
+    scale = settings["scale"] * arrays["params/Dense_0/kernel"][0, 0]
 
-    def step(images):
+    def step(batch):
         compile(settings.get("first_step", 0.0))
         held.append(np.ones(settings.get("held", 0)))
-        return float(scale * images.sum())
+        return float(scale * batch.targets.sum())
 
-    return Trainer(step, lambda images: float(images.mean()), lambda: 2.0)
+    return Trainer(step, lambda batch: float(batch.inputs.mean()), lambda: 2.0)
 
 
 serve(make, ())
@@ -49,16 +57,8 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "echo.py").write_text(script)
     monkeypatch.setattr(peer, "FOLDER", tmp_path)
 
-    def start(transfer="tanh", **settings):
-        return peer.start(
-            Path(sys.executable),
-            "echo",
-            PARAMS,
-            IMAGES,
-            ORDER,
-            transfer=transfer,
-            settings=settings,
-        )
+    def start(**settings):
+        return peer.start(Path(sys.executable), "echo", TASK, settings)
 
     return start
 
@@ -72,7 +72,7 @@ def test_a_peer_trains_batch_by_batch_and_evaluates(start):
         assert len(answer["seconds"]) == 2
         answer = running.ask(evaluate=True)
         about = answer.pop("about")
-        assert answer == {"train_loss": 3.5, "test_loss": 1.5}
+        assert answer == {"train_loss": 2.5, "test_loss": 1.5}
         assert about["state_size"] == 2.0
         assert about["peak_size"] >= 0
 
@@ -91,9 +91,21 @@ def test_a_peer_tells_what_memory_it_takes(start):
     assert 6 * 8 * numbers <= peak * few <= 8 * 8 * numbers
 
 
-def test_a_peer_is_told_the_transfer_function(start):
-    with start(transfer="relu", scale=2.0, wanted="relu") as running:
-        assert running.ask(steps=1)["losses"]
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, networks.Transformer(5, width=8), networks.ResidualNetwork(8)],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_peer_can_make_the_model_anew(model):
+    described = json.loads(json.dumps(networks.described(model)))
+    again = networks.from_description(described)
+    inputs = jnp.zeros((2, 784 if isinstance(model, networks.ResidualNetwork) else 2))
+    if isinstance(model, networks.Transformer):
+        inputs = inputs.astype(int)
+    params = model.init(jax.random.key(0), inputs)
+    chex.assert_trees_all_equal(
+        again.apply(params, inputs), model.apply(params, inputs)
+    )
 
 
 def test_a_peer_that_fails_says_why(start):

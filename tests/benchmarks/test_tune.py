@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import autoencoder, datasets, report, tune
 from benchmarks.contestants import CONTESTANTS, Choice
-from benchmarks.network import Autoencoder
-from benchmarks.training import make_task, start
+from benchmarks.networks import Autoencoder
+from benchmarks.problem import make_task
+from benchmarks.training import start
 
 SMALL = ["--train-size", "40", "--batch-size", "20", "--width", "0.01", "--steps", "4"]
 
