@@ -72,7 +72,6 @@ def every_few_steps(
       problem: as there.
       settings: as there.
     """
-
     optimizers = ("adamw", "kfac", *MIXED)
 
     def add_all(parser):

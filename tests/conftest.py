@@ -10,6 +10,9 @@ settings.register_profile("explore", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+jax.config.update("jax_num_cpu_devices", 8)  # simulated, for tests of sharding
+
+
 @pytest.fixture(scope="module")
 def float64():
     with jax.enable_x64(True):

@@ -36,6 +36,7 @@ from locoprop_optax._layers import (
 )
 from locoprop_optax._linear_maps import DENSE, LinearMap, concatenate_examples
 from locoprop_optax._probes import Probes, Record, Seeded
+from locoprop_optax._sharding import typed, zeros
 from locoprop_optax._survey import Sighting, survey
 from locoprop_optax._transfer_detection import Finding
 from locoprop_optax._transfers import (
@@ -56,8 +57,8 @@ class Call(NamedTuple):
       kind: the name of the layer's class.
       linear_map: how its pre-activation depends on its parameters.
       kernel_shape: the shape of its kernel.
-      inputs: shape and dtype of its input.
-      preactivations: shape and dtype of its output.
+      inputs: the type of its input.
+      preactivations: the type of its output.
     """
 
     kind: str
@@ -93,8 +94,8 @@ def tapped(
         kind,
         linear_map,
         jnp.shape(kernel),
-        jax.ShapeDtypeStruct(jnp.shape(inputs), dtype),
-        jax.ShapeDtypeStruct(preactivations.shape, preactivations.dtype),
+        typed(inputs),
+        typed(preactivations),
     )
     return tap(probe, kernel, preactivations, layer=layer, number=number, note=note)
 
@@ -114,15 +115,11 @@ class Capture(NamedTuple):
 
     def probes(self) -> dict[str, Record]:
         """Zeros in the shapes of the record of each call."""
-
-        def zeros(like):
-            return jnp.zeros(self.stack + like.shape, like.dtype)
-
         return {
             str(number): Record(
-                inputs=zeros(call.inputs),
-                preactivations=zeros(call.preactivations),
-                cotangents=zeros(call.preactivations),
+                inputs=zeros(call.inputs, self.stack),
+                preactivations=zeros(call.preactivations, self.stack),
+                cotangents=zeros(call.preactivations, self.stack),
             )
             for number, call in self.calls.items()
         }

@@ -23,6 +23,7 @@ from locoprop_optax._layers import (
 )
 from locoprop_optax._local_problem import LocalProblems, pose
 from locoprop_optax._matching import check_params, match_layers
+from locoprop_optax._sharding import sharded_by_compiler
 
 
 class ScaleByLocoPropState(NamedTuple):
@@ -139,52 +140,62 @@ def scale_by_locoprop(
             raise TypeError("scale_by_locoprop: update needs `params`.")
         layers = match_layers(intermediates, params, selection)
         local = selection.mask(params)
-        now = penalty.at(state.count)
 
-        def pose_layer(layer, layer_params, target_state):
-            return pose(
-                layer,
-                layer_params,
-                target_state,
-                state.count,
-                loss=loss,
-                target=target,
-                regularizer=now,
+        def solve(layers, local, state):
+            now = penalty.at(state.count)
+
+            def pose_layer(layer, layer_params, target_state):
+                return pose(
+                    layer,
+                    layer_params,
+                    target_state,
+                    state.count,
+                    loss=loss,
+                    target=target,
+                    regularizer=now,
+                )
+
+            grouped = Grouped.of(
+                layers,
+                stack_dims={path: layer.stack_dims for path, layer in layers.items()},
+                alone=[
+                    path
+                    for path, layer in layers.items()
+                    if not (stacked and layer.linear_map.stacks)
+                ],
             )
+            posed, new_target_states = grouped.map(
+                pose_layer,
+                grouped.like(visible(layers_of(local))),
+                grouped.like(layer_values(state.target, local)),
+            ).unzip()
+            problems = LocalProblems(posed, tree=local)
+            with (
+                jax.default_matmul_precision(precision) if precision else nullcontext()
+            ):
+                step, solver_state = solver.solve(problems, state.solver, state.count)
 
-        grouped = Grouped.of(
-            layers,
-            stack_dims={path: layer.stack_dims for path, layer in layers.items()},
-            alone=[
-                path
-                for path, layer in layers.items()
-                if not (stacked and layer.linear_map.stacks)
-            ],
-        )
-        posed, new_target_states = grouped.map(
-            pose_layer,
-            grouped.like(visible(layers_of(local))),
-            grouped.like(layer_values(state.target, local)),
-        ).unzip()
-        problems = LocalProblems(posed, tree=local)
-        with jax.default_matmul_precision(precision) if precision else nullcontext():
-            step, solver_state = solver.solve(problems, state.solver, state.count)
+            moved = visible(layers_of(step))
+            directions = {
+                path: {n: -moved[path][n].astype(p.dtype) for n, p in leaves.items()}
+                for path, leaves in visible(layers_of(local)).items()
+            }
+            shown = state.diagnostics
+            if diagnostics:
+                seen = grouped.map(diagnose, posed, grouped.like(moved)).to_layers()
+                shown = per_layer(
+                    {p: mean_over_stacks(s) for p, s in seen.items()}, local
+                )
+            new_state = ScaleByLocoPropState(
+                count=jnp.asarray(optax.safe_increment(state.count)),
+                target=per_layer(new_target_states.to_layers(), local),
+                solver=solver_state,
+                diagnostics=shown,
+            )
+            return directions, new_state
 
-        moved = visible(layers_of(step))
-        directions = {
-            path: {n: -moved[path][n].astype(p.dtype) for n, p in leaves.items()}
-            for path, leaves in visible(layers_of(local)).items()
-        }
-        shown = state.diagnostics
-        if diagnostics:
-            seen = grouped.map(diagnose, posed, grouped.like(moved)).to_layers()
-            shown = per_layer({p: mean_over_stacks(s) for p, s in seen.items()}, local)
-        new_state = ScaleByLocoPropState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            target=per_layer(new_target_states.to_layers(), local),
-            solver=solver_state,
-            diagnostics=shown,
-        )
+        run = sharded_by_compiler(solve, like=(visible(layers_of(local)), state))
+        directions, new_state = run(layers, local, state)
         return with_layers(updates, directions), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,91 @@
+"""Training on several devices takes the steps of training on one."""
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import locoprop_optax as loco
+from tests.helpers import MLP, counted, regression
+
+DEVICES = 8
+MESHES = [AxisType.Auto, AxisType.Explicit]
+OPTIMIZERS = {
+    "first_order": (lambda: loco.locoprop_m(1e-3, num_local_steps=3), False),
+    "majorized_newton": (lambda: loco.locoprop_momentum(), False),
+    "exact": (
+        lambda: optax.chain(
+            loco.scale_by_locoprop(
+                loss=loco.losses.squared_loss(), solver=loco.solvers.exact(0.1)
+            ),
+            optax.scale(-0.1),
+        ),
+        False,
+    ),
+    "locoprop": (lambda: loco.locoprop(), True),
+}
+
+
+class Convolutions(nn.Module):
+    """Two convolutions, one with a stride, and a Dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="first")(x.reshape(-1, 6, 6, 1)))
+        x = nn.relu(nn.Conv(5, (3, 3), strides=2, name="second")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def train(loss_fn, params, batch, name, *, steps=20):
+    """The losses of some steps, and the parameters after them."""
+    make, curvature = OPTIMIZERS[name]
+    tx = make()
+
+    @counted
+    def step(params, state, batch):
+        capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
+        loss, grads, intermediates = capture(params, batch)
+        updates, state = tx.update(grads, state, params, intermediates=intermediates)
+        return optax.apply_updates(params, updates), state, loss
+
+    jitted, traces = step
+    state = tx.init(params)
+    losses = []
+    for _ in range(steps):
+        params, state, loss = jitted(params, state, batch)
+        losses.append(float(loss))
+    return losses, params, state, traces
+
+
+def mesh_of(kind, shape=(DEVICES,), names=("data",)):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def placed(tree, mesh, *spec):
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+MODELS = {"dense": (MLP(), 4), "conv": (Convolutions(), 36)}
+
+
+@pytest.mark.parametrize("kind", MESHES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind):
+    module, features = MODELS[model]
+    loss_fn, params, batch = regression(module, batch=16, features=features)
+    losses, alone, _, _ = train(loss_fn, params, batch, optimizer)
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        spread, together, state, traces = train(
+            loss_fn, placed(params, mesh), placed(batch, mesh, "data"), optimizer
+        )
+    np.testing.assert_allclose(spread, losses, rtol=1e-4)
+    chex.assert_trees_all_close(together, alone, rtol=1e-3, atol=1e-4)
+    assert losses[-1] < losses[0]
+    for leaf in jax.tree.leaves((together, state)):
+        assert leaf.sharding.is_fully_replicated
+    assert len(traces) <= 2  # the state's placement is settled by the first step
