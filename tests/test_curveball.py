@@ -269,7 +269,7 @@ def test_a_predicted_rise_is_no_reason_to_skip():
         params = optax.apply_updates(params, updates)
     assert updates["w"] < 0, "downhill for the first sign, up for the last"
     assert state.skipped == 0
-    assert jnp.isnan(state.ratio)
+    assert state.ratio == 0
     assert state.damping > 1e-3 * 0.9**5
 
 

@@ -11,6 +11,7 @@ from locoprop_optax._intermediates import (
     add_sampled_cotangents,
     join_intermediates,
 )
+from locoprop_optax._keep_finite import KeepFiniteState, keep_finite
 from locoprop_optax._optimizers import locoprop, locoprop_momentum
 from locoprop_optax._paper import locoprop_m, locoprop_s
 from locoprop_optax._quadratic_model import (
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Intermediates",
+    "KeepFiniteState",
     "LayerDiagnostics",
     "LayerIntermediates",
     "ScaleByLocoPropState",
@@ -33,6 +35,7 @@ __all__ = [
     "curveball",
     "diagnostics_of",
     "join_intermediates",
+    "keep_finite",
     "linen",
     "locoprop",
     "locoprop_m",

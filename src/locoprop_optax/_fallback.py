@@ -2,6 +2,7 @@
 
 import optax
 
+from locoprop_optax._keep_finite import keep_finite
 from locoprop_optax._layers import (
     LayerSelection,
     layers_of,
@@ -16,7 +17,10 @@ def with_fallback(
     fallback: optax.GradientTransformation | None,
     selection: LayerSelection,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hands local layers to one transformation and all other parameters to another."""
+    """Hands local layers to one transformation and all other parameters to another.
+
+    A step of either that is not finite is a step of neither.
+    """
     fallback = optax.adamw(1e-3) if fallback is None else fallback
 
     def label(params):
@@ -25,4 +29,4 @@ def with_fallback(
         local = {p: dict.fromkeys(leaves, "local") for p, leaves in chosen.items()}
         return with_layers(labels, local)
 
-    return optax.partition({"local": local, "fallback": fallback}, label)
+    return keep_finite(optax.partition({"local": local, "fallback": fallback}, label))

@@ -31,6 +31,7 @@ from locoprop_optax._hyperparams import (
     check_not_negative,
     check_positive,
 )
+from locoprop_optax._keep_finite import all_finite
 from locoprop_optax._layers import is_masked
 
 
@@ -44,7 +45,8 @@ class ScaleByQuadraticModelState(NamedTuple):
       value: the loss before the last step.
       step_size: :math:`\beta` of the last step.
       momentum: :math:`\rho` of the last step.
-      ratio: the loss's change over the model's, when it was last compared; NaN before.
+      ratio: the loss's change over the model's, when it was last compared; 0 before
+        and where the model promised no fall.
       skipped: how many steps were skipped because something was not finite.
     """
 
@@ -208,7 +210,7 @@ def minimize_along(
             value=zero(),
             step_size=zero(),
             momentum=zero(),
-            ratio=jnp.asarray(jnp.nan, jnp.float32),
+            ratio=zero(),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -246,15 +248,17 @@ def minimize_along(
 
         def compare():
             new = loss_at(optax.apply_updates(params, step))
-            ratio = (new - linear.value) / jnp.where(expected < 0, expected, jnp.nan)
-            return ratio.astype(jnp.float32), jnp.isfinite(new)
+            arrives, falls = jnp.isfinite(new), expected < 0
+            change = (new - linear.value) / jnp.where(falls, expected, 1.0)
+            ratio = jnp.where(arrives & falls, change, 0.0)
+            return ratio.astype(jnp.float32), arrives
 
         compared = state.count % adapt_every == 0
         ratio, arrives = state.ratio, jnp.asarray(True)
         if loss_at is not None:
             keep = (ratio, arrives)
             ratio, arrives = jax.lax.cond(compared, compare, lambda: keep)
-        finite = jnp.isfinite(linear.value) & _all_finite(moved) & arrives
+        finite = jnp.isfinite(linear.value) & all_finite(moved) & arrives
         factor = damping_decay**adapt_every
         grows = (compared & ~(ratio >= trusted[0])) | ~finite
         shrinks = compared & finite & (ratio > trusted[1])
@@ -274,12 +278,6 @@ def minimize_along(
         return optax.tree.where(finite, step, nothing), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _all_finite(tree: Any) -> Array:
-    return jnp.all(
-        jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
-    )
 
 
 def _check_interval(name: str, interval: tuple[float, float]) -> None:

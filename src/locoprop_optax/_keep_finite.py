@@ -1,0 +1,90 @@
+"""A guard around an optimizer: no step to where a parameter is not finite."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+
+class KeepFiniteState(NamedTuple):
+    """State of `keep_finite`.
+
+    Attributes:
+      inner_state: the state of the optimizer within.
+      skipped_steps: how many of its steps were not taken.
+    """
+
+    inner_state: Any
+    skipped_steps: Int[Array, ""]
+
+
+def keep_finite(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips steps that would make a parameter or the state not finite.
+
+    A batch with a NaN in it, or a step that overflows, then changes neither the
+    parameters nor the optimizer's state, and is counted. All ready optimizers of this
+    package stand behind this guard. It looks at what the optimizer returns, where
+    `optax.apply_if_finite` looks at the gradient that goes in.
+
+    Args:
+      optimizer: what is guarded, the whole chain: what follows it is not.
+
+    Returns:
+      A transformation whose `update` takes `params` and what `optimizer` takes. How
+      many steps were skipped is `optax.tree.get(state, "skipped_steps")`.
+
+    Raises:
+      TypeError: from `update`, if `params` is missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import locoprop_optax as loco
+      >>> tx = loco.keep_finite(optax.adam(0.1))
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([1.0, jnp.nan]), state, params)
+      >>> updates, int(optax.tree.get(state, "skipped_steps"))
+      (Array([0., 0.], dtype=float32), 1)
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        return KeepFiniteState(optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise TypeError("keep_finite: update needs `params`.")
+        step, moved = optimizer.update(updates, state.inner_state, params, **extra_args)
+        reached = optax.apply_updates(params, step)
+        finite = all_finite(reached) & _stays_finite(state.inner_state, moved)
+        nothing = jax.tree.map(jnp.zeros_like, step)
+        kept = KeepFiniteState(
+            optax.tree.where(finite, moved, state.inner_state),
+            state.skipped_steps + ~finite,
+        )
+        return optax.tree.where(finite, step, nothing), kept
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether all numbers of a tree are finite."""
+    return _all(jax.tree.map(jnp.isfinite, tree))
+
+
+def _stays_finite(before: Any, after: Any) -> Array:
+    """Whether no number has ceased to be finite; some states hold infinities."""
+
+    def stays(old, new):
+        return jnp.isfinite(new) | ~jnp.isfinite(old)
+
+    return _all(jax.tree.map(stays, before, after))
+
+
+def _all(tree: Any) -> Array:
+    leaves = [jnp.all(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
