@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from locoprop_optax._inverse import in_full_precision, inverse
 from locoprop_optax._linear_maps import Matrices
@@ -87,6 +87,14 @@ class Inverse(NamedTuple):
     inner: Float[Array, "g d d"]
     eliminated: Float[Array, "g d 1"] | None
     complement: Float[Array, "g 1 1"] | None
+
+    def is_definite(self, least: Any) -> Bool[Array, ""]:
+        """Whether it is finite, positive, and not above the inverse of the least."""
+        found = [jnp.diagonal(self.inner, axis1=-2, axis2=-1)]
+        if self.complement is not None:
+            found.append(1 / self.complement)
+        within = [jnp.all((f > 0) & (f * jnp.max(least) <= 1)) for f in found]
+        return jnp.all(jnp.stack(within)) & jnp.all(jnp.isfinite(self.inner))
 
     @in_full_precision
     def __matmul__(self, right: Matrices) -> Matrices:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_optax._gram import Gram, Inverse
 from locoprop_optax._hyperparams import (
@@ -28,6 +28,8 @@ from locoprop_optax._layers import (
 )
 from locoprop_optax._local_problem import SQUARED_LOSS, LocalProblem
 from locoprop_optax.solvers._solver import Solver
+
+_MOST_TRIES = 10
 
 
 def majorized_newton(
@@ -80,15 +82,16 @@ def majorized_newton(
     check_share("ema", ema)
 
     def init(params):
-        if not ema:
-            return ()
         layers = visible(layers_of(params))
-        zeros = {path: _no_curvature(leaves) for path, leaves in layers.items()}
-        return per_layer(zeros, params)
+        zeros = {p: _no_curvature(leaves) for p, leaves in layers.items() if ema}
+        return MajorizedNewtonState(
+            curvature=per_layer(zeros, params) if ema else (),
+            raised_damping=jnp.zeros((), jnp.int32),
+        )
 
     def solve(problems, state, count):
         layers = problems.with_gram(num_steps - 1, is_formed=True).grouped
-        grams = layers.map(LocalProblem.to_gram)
+        grams, averages = layers.map(LocalProblem.to_gram), ()
         if ema:
             for path in layers.stacks():
                 raise ValueError(
@@ -96,13 +99,16 @@ def majorized_newton(
                     "state. Use ema=0.0, or name the layer in `exclude=`."
                 )
             average = partial(_averaged, ema=ema, count=count)
-            grams, averages = grams.map(average, problems.from_state(state)).unzip()
-            state = problems.to_state(averages)
+            known = problems.from_state(state.curvature)
+            grams, moved = grams.map(average, known).unzip()
+            averages = problems.to_state(moved)
         factorize = partial(_factorize, damping=at(damping, count))
         # An inverse is much to compile, so that equal ones are made at once.
         factors = layers.map(_curvature, grams).map_together(factorize)
         step = layers.map(partial(_steps, num_steps=num_steps), factors)
-        return problems.to_tree(step), state
+        raised = [jnp.sum(factor.raised) for factor in factors.values]
+        total = state.raised_damping + sum(raised)
+        return problems.to_tree(step), MajorizedNewtonState(averages, total)
 
     return Solver(init, solve)
 
@@ -178,16 +184,30 @@ def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
     return bound, penalty
 
 
+class MajorizedNewtonState(NamedTuple):
+    """State of `majorized_newton` and `exact`.
+
+    Attributes:
+      curvature: the averaged curvature of each layer; () without `ema`.
+      raised_damping: how often an inverse needed more damping than was asked for.
+    """
+
+    curvature: Any
+    raised_damping: Int[Array, ""]
+
+
 class _Factor(NamedTuple):
     """What a layer's steps need of its curvature.
 
     Attributes:
       inverse: the damped curvature, inverted.
       strength: what of its diagonal is damping.
+      raised: whether that is more than was asked for.
     """
 
     inverse: Inverse
     strength: Float[Array, "g 1 1"]
+    raised: Bool[Array, ""]
 
 
 def _no_curvature(params: LayerParams) -> Gram:
@@ -223,18 +243,42 @@ def _curvature(problem: LocalProblem, gram: Gram) -> tuple[Gram, Array, Array]:
 
 
 def _factorize(curvature: tuple[Gram, Array, Array], *, damping: Any) -> _Factor:
-    """Damps and inverts what bounds a layer's Hessian."""
+    """Damps and inverts what bounds a layer's Hessian.
+
+    Where rounding leaves nothing definite, damping is raised tenfold until it does.
+    """
     gram, bound, penalty = curvature
     mean_eigenvalue = gram.mean_eigenvalue()
-    strength = damping * bound * mean_eigenvalue
     # Without any input there is nothing to solve; the identity keeps the step at zero.
     empty = (mean_eigenvalue == 0) & (penalty == 0)
-    return _Factor(gram.inverse(bound, strength + penalty + empty), strength)
+    scale = bound * mean_eigenvalue
+    least = jnp.finfo(scale.dtype).eps * scale
+
+    def strength(tries):
+        asked = damping * scale
+        raised = 10.0**tries * jnp.maximum(asked, least)
+        return jnp.where(tries == 0, asked, raised).astype(scale.dtype)
+
+    def attempt(state):
+        _, tries = state
+        diagonal = strength(tries) + penalty + empty
+        return gram.inverse(bound, diagonal), tries + 1
+
+    def fails(state):
+        inverse, tries = state
+        again = jnp.all(jnp.isfinite(scale)) & (tries < _MOST_TRIES)
+        return (tries == 0) | (again & ~inverse.is_definite(least))
+
+    first = jnp.zeros((), jnp.int32)
+    shapes, _ = jax.eval_shape(attempt, (None, first))
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    inverse, tries = jax.lax.while_loop(fails, attempt, (nothing, first))
+    return _Factor(inverse, strength(tries - 1), tries > 1)
 
 
 def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerParams:
     """The steps of `majorized_newton` for one layer."""
-    inverse, strength = factor
+    inverse, strength, _ = factor
     to_matrices = problem.linear_map.to_matrices
 
     def change(matrices):
