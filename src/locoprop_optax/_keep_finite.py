@@ -64,11 +64,16 @@ def keep_finite(
         nothing = jax.tree.map(jnp.zeros_like, step)
         kept = KeepFiniteState(
             optax.tree.where(finite, moved, state.inner_state),
-            state.skipped_steps + ~finite,
+            increased(state.skipped_steps, ~finite),
         )
         return optax.tree.where(finite, step, nothing), kept
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
+    """A counter moved on, that stays where it is rather than overflow."""
+    return jnp.maximum(counter, counter + by)
 
 
 def all_finite(tree: Any) -> Array:

@@ -31,7 +31,7 @@ from locoprop_optax._hyperparams import (
     check_not_negative,
     check_positive,
 )
-from locoprop_optax._keep_finite import all_finite
+from locoprop_optax._keep_finite import all_finite, increased
 from locoprop_optax._layers import is_masked
 
 
@@ -272,7 +272,7 @@ def minimize_along(
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
             ratio=ratio,
-            skipped=state.skipped + ~finite,
+            skipped=increased(state.skipped, ~finite),
         )
         nothing = jax.tree.map(jnp.zeros_like, step)
         return optax.tree.where(finite, step, nothing), new_state

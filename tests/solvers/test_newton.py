@@ -116,3 +116,32 @@ def test_ema_refuses_what_it_cannot_hold():
         solved(tx, {"kernel": jnp.zeros((2, 4, 3))}, stack)
     with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
         loco.solvers.majorized_newton(ema=1.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transfer", ["identity", "tanh"])
+def test_an_inverse_that_rounding_spoils_gets_more_damping(transfer, bias):
+    params, layer = random_layer(0, 5, 40, 3, transfer, bias=bias)
+    solver = loco.solvers.majorized_newton(num_steps=2, damping=0.0)
+    target = loco.targets.gradient_descent(0.1)
+    tx = loco.scale_by_locoprop(target=target, solver=solver, diagnostics=True)
+    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+    state = tx.init(tree)
+    for count in (1, 2):  # five examples of forty inputs: the curvature is singular
+        step, state = tx.update(tree, state, tree, intermediates=intermediates)
+        assert state.solver.raised_damping == count
+    seen = loco.diagnostics_of(state)["layer"]
+    assert np.isfinite(
+        np.concatenate([s.ravel() for s in step["layer"].values()])
+    ).all()
+    assert seen.objective_after < 0.1 * seen.objective_before
+
+
+def test_damping_that_suffices_is_not_raised():
+    params, layer = random_layer(0, 5, 40, 3, "tanh")
+    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+    for damping in (1e-5, 0.1):
+        solver = loco.solvers.majorized_newton(damping=damping)
+        tx = loco.scale_by_locoprop(solver=solver)
+        _, state = tx.update(tree, tx.init(tree), tree, intermediates=intermediates)
+        assert state.solver.raised_damping == 0

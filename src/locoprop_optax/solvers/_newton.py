@@ -18,6 +18,7 @@ from locoprop_optax._hyperparams import (
     check_share,
     check_static,
 )
+from locoprop_optax._keep_finite import increased
 from locoprop_optax._layers import (
     LayerError,
     LayerParams,
@@ -106,8 +107,8 @@ def majorized_newton(
         # An inverse is much to compile, so that equal ones are made at once.
         factors = layers.map(_curvature, grams).map_together(factorize)
         step = layers.map(partial(_steps, num_steps=num_steps), factors)
-        raised = [jnp.sum(factor.raised) for factor in factors.values]
-        total = state.raised_damping + sum(raised)
+        raised = sum(jnp.sum(factor.raised) for factor in factors.values)
+        total = increased(state.raised_damping, raised)
         return problems.to_tree(step), MajorizedNewtonState(averages, total)
 
     return Solver(init, solve)
