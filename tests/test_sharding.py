@@ -39,9 +39,9 @@ class Convolutions(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-def train(loss_fn, params, batch, name, *, steps=20):
+def train(loss_fn, params, batch, optimizer, *, steps=20):
     """The losses of some steps, and the parameters after them."""
-    make, curvature = OPTIMIZERS[name]
+    make, curvature = optimizer
     tx = make()
 
     @counted
@@ -77,11 +77,12 @@ MODELS = {"dense": (MLP(), 4), "conv": (Convolutions(), 36)}
 def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind):
     module, features = MODELS[model]
     loss_fn, params, batch = regression(module, batch=16, features=features)
-    losses, alone, _, _ = train(loss_fn, params, batch, optimizer)
+    losses, alone, _, _ = train(loss_fn, params, batch, OPTIMIZERS[optimizer])
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
+        params, batch = placed(params, mesh), placed(batch, mesh, "data")
         spread, together, state, traces = train(
-            loss_fn, placed(params, mesh), placed(batch, mesh, "data"), optimizer
+            loss_fn, params, batch, OPTIMIZERS[optimizer]
         )
     np.testing.assert_allclose(spread, losses, rtol=1e-4)
     chex.assert_trees_all_close(together, alone, rtol=1e-3, atol=1e-4)
@@ -89,3 +90,51 @@ def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind
     for leaf in jax.tree.leaves((together, state)):
         assert leaf.sharding.is_fully_replicated
     assert len(traces) <= 2  # the state's placement is settled by the first step
+
+
+@pytest.mark.parametrize("kind", MESHES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("optimizer", ["locoprop_m", "locoprop_momentum"])
+def test_devices_solve_different_layers(optimizer, kind):
+    class Equal(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(4):
+                x = nn.tanh(nn.Dense(8)(x))
+            return nn.Dense(3)(x)
+
+    make = {
+        "locoprop_m": lambda spread: loco.locoprop_m(1e-4, stack_layers=spread),
+        "locoprop_momentum": lambda spread: loco.locoprop_momentum(stack_layers=spread),
+    }[optimizer]
+    loss_fn, params, batch = regression(Equal(), features=8)
+    losses, alone, _, _ = train(loss_fn, params, batch, (lambda: make(False), False))
+    mesh = mesh_of(kind, (2, 4), ("data", "layers"))
+    with jax.set_mesh(mesh):
+        batch, params = placed(batch, mesh, "data"), placed(params, mesh)
+        tx = (lambda: make("layers"), False)
+        spread, together, _, traces = train(loss_fn, params, batch, tx)
+    np.testing.assert_allclose(spread, losses, rtol=1e-4)
+    chex.assert_trees_all_close(together, alone, rtol=1e-3, atol=1e-4)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(together))
+    assert len(traces) <= 2
+
+
+def test_layers_are_spread_over_an_axis_that_the_mesh_has():
+    loss_fn, params, batch = regression()
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+    tx = loco.locoprop_momentum(stack_layers="layers")
+    with pytest.raises(ValueError, match=r"'layers' names no axis .*jax.set_mesh"):
+        tx.update(grads, tx.init(params), params, intermediates=intermediates)
+
+
+def test_shards_that_are_not_told_apart_by_types():
+    loss_fn, params, batch = regression()
+    mesh = mesh_of(AxisType.Auto)
+    capture = jax.shard_map(
+        loco.linen.value_and_grad(loss_fn),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+    )
+    with pytest.raises(ValueError, match="only with check_vma=False"):
+        capture(params, batch)

@@ -1,6 +1,7 @@
 """LocoProp: train a network by solving one small local problem per layer."""
 
 from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
+from locoprop_optax._averaged import averaged
 from locoprop_optax._check import check_intermediates
 from locoprop_optax._curveball import curveball
 from locoprop_optax._diagnostics import LayerDiagnostics, diagnostics_of
@@ -31,6 +32,7 @@ __all__ = [
     "ScaleByQuadraticModelState",
     "add_curvature",
     "add_sampled_cotangents",
+    "averaged",
     "check_intermediates",
     "curveball",
     "diagnostics_of",

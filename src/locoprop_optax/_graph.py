@@ -11,9 +11,13 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer, eval_jaxpr
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+
+from locoprop_optax._sharding import among_shards
 
 tap_p = core.Primitive("locoprop_tap")
 
@@ -81,17 +85,31 @@ class Equation(NamedTuple):
         return layer in layers_in(self.source)
 
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
-        """Its results for the values of its inputs."""
+        """Its results for the values of its inputs.
+
+        They are computed where this is called, and not on the mesh of the trace; off
+        that mesh a sum over shards is the one shard's.
+        """
+        if self.primitive.name in _OVER_SHARDS and not among_shards():
+            return list(operands)
+        body = body_of(self.params)
+        if self.primitive.name in _CALLS and body is not None:
+            called = Graph.of(body)
+            given = dict(zip(called.inputs, operands, strict=True)) | called.held
+            known = run(called.equations, given)
+            return _read(called.results, known)
         given = {
             var: value
             for var, value in zip(self.source.invars, operands, strict=True)
             if not isinstance(var, core.Literal)
         }
+        here = jax.make_jaxpr(jnp.negative)(0.0).eqns[0].ctx
+        invars = [_off_mesh(atom) for atom in self.source.invars]
         alone = self.home.replace(
             constvars=[],
             invars=list(given),
             outvars=self.source.outvars,
-            eqns=[self.source],
+            eqns=[self.source.replace(ctx=here, invars=invars)],
         )
         return eval_jaxpr(alone, [], *given.values())
 
@@ -238,13 +256,21 @@ def run(equations: Sequence[Equation], values: Mapping[int, Any]) -> dict[int, A
     """The values of all numbers, from those that are given."""
     known = dict(values)
     for equation in equations:
-        operands = [
-            atom.val if isinstance(atom, core.Literal) else known[atom]
-            for atom in equation.inputs
-        ]
-        results = equation.evaluate(operands)
+        results = equation.evaluate(_read(equation.inputs, known))
         known.update(zip(equation.outputs, results, strict=True))
     return known
+
+
+def _read(atoms: Iterable[Atom], known: Mapping[int, Any]) -> list[Any]:
+    plain = map(_off_mesh, atoms)
+    return [a.val if isinstance(a, core.Literal) else known[a] for a in plain]
+
+
+def _off_mesh(atom: Any) -> Any:
+    """A literal without the mesh of its trace; a variable as it is."""
+    if not isinstance(atom, core.Literal):
+        return atom
+    return core.Literal(np.asarray(atom.val), atom.aval)
 
 
 def _is_number(atom: Atom) -> TypeGuard[int]:
@@ -262,7 +288,9 @@ _FORM_ONLY = {
     "transpose",
 }
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot"}
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+_OVER_SHARDS = {"pmax", "pmin", "psum"}
+_CALLS = {"jit", "pjit", "closed_call", "core_call"}
+_INLINED = _CALLS | {"remat", "remat2", "checkpoint"}
 
 
 def body_of(params: Mapping[str, Any]) -> core.ClosedJaxpr | None:

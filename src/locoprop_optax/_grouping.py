@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from locoprop_optax._layers import LayerError
+from locoprop_optax._sharding import spread
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -27,9 +28,15 @@ class Grouped(Generic[T]):
     Groups of one layer carry no extra axis, so that unequal layers cost nothing.
     """
 
-    def __init__(self, groups: tuple[_Group, ...], values: tuple[T, ...]):
+    def __init__(
+        self,
+        groups: tuple[_Group, ...],
+        values: tuple[T, ...],
+        mesh_axis: str | None = None,
+    ):
         self._groups = groups
         self._values = values
+        self._mesh_axis = mesh_axis
 
     @property
     def values(self) -> tuple[T, ...]:
@@ -42,6 +49,7 @@ class Grouped(Generic[T]):
         layers: Mapping[str, T],
         stack_dims: Mapping[str, int],
         alone: Collection[str] = (),
+        mesh_axis: str | None = None,
     ) -> Grouped[T]:
         """Groups layers whose values are equal in structure, shapes and dtypes.
 
@@ -49,6 +57,7 @@ class Grouped(Generic[T]):
           layers: the values by path.
           stack_dims: how many leading axes of each value count stacked layers.
           alone: the layers that are not to be stacked with others.
+          mesh_axis: the axis of the mesh over which stacked layers are spread, if any.
         """
         alike: dict[Any, list[str]] = {}
         for path, value in layers.items():
@@ -60,12 +69,17 @@ class Grouped(Generic[T]):
         groups = tuple(
             _Group(tuple(paths), stack_dims[paths[0]]) for paths in alike.values()
         )
-        return cls(groups, tuple(_stack([layers[p] for p in g.paths]) for g in groups))
+        return cls(groups, (), mesh_axis).like(layers)
 
     def like(self, layers: Mapping[str, S]) -> Grouped[S]:
         """Groups other values of the same layers in the same way."""
-        stacked = tuple(_stack([layers[p] for p in g.paths]) for g in self._groups)
-        return Grouped(self._groups, stacked)
+        stacked = tuple(
+            _stack([layers[p] for p in g.paths], self._mesh_axis) for g in self._groups
+        )
+        return self._with(stacked)
+
+    def _with(self, values: tuple[S, ...]) -> Grouped[S]:
+        return Grouped(self._groups, values, self._mesh_axis)
 
     def map(self, function: Callable[..., S], *others: Grouped[Any]) -> Grouped[S]:
         """Applies a function of single layers' values to every layer.
@@ -85,7 +99,7 @@ class Grouped(Generic[T]):
             except LayerError as error:
                 names = ", ".join(map(repr, group.paths))
                 raise ValueError(f"Layer {names}: {error}") from error
-        return Grouped(self._groups, tuple(results))
+        return self._with(tuple(results))
 
     def map_together(self, function: Callable[[T], S]) -> Grouped[S]:
         """As `map`, all equal values stacked, those of layers that stay alone too."""
@@ -94,12 +108,12 @@ class Grouped(Generic[T]):
         values = dict(zip(first, self._values, strict=True))
         together = Grouped.of(values, dict(zip(first, axes, strict=True)))
         results = together.map(function).to_layers()
-        return Grouped(self._groups, tuple(results[path] for path in first))
+        return self._with(tuple(results[path] for path in first))
 
     def unzip(self) -> tuple[Grouped[Any], ...]:
         """Parts values that are tuples into one `Grouped` for each element."""
         parts = zip(*self._values, strict=True)  # pyright: ignore
-        return tuple(Grouped(self._groups, part) for part in parts)
+        return tuple(map(self._with, parts))
 
     def stacks(self) -> list[str]:
         """The layers that are stacks of layers, in one array each."""
@@ -114,13 +128,14 @@ class Grouped(Generic[T]):
         return layers
 
 
-def _stack(values: list[T]) -> T:
+def _stack(values: list[T], mesh_axis: str | None) -> T:
     """Stacks, and keeps XLA from stacking anew in each use of a member."""
     if len(values) == 1:
         return values[0]
-    return jax.lax.optimization_barrier(
+    stacked = jax.lax.optimization_barrier(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
     )
+    return stacked if mesh_axis is None else spread(stacked, mesh_axis)
 
 
 def _unstack(value: T, count: int) -> list[T]:

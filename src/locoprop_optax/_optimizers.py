@@ -21,7 +21,7 @@ def locoprop(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
+    stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -120,7 +120,7 @@ def locoprop_momentum(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
+    stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -22,7 +22,7 @@ def locoprop_m(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
+    stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,7 +104,7 @@ def locoprop_s(
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
+    stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

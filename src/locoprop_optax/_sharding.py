@@ -8,16 +8,35 @@ of a local problem leave that to the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 
 
 def typed(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype, and the sharding where it is a part of the type."""
+    """Shape and dtype, and the sharding where it is a part of the type.
+
+    Raises:
+      ValueError: if the type also tells over which shards the array varies.
+    """
     aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    if varying := getattr(manual, "varying", None):
+        raise ValueError(
+            "Layers are captured inside jax.shard_map only with check_vma=False; it is "
+            f"on, and a layer's array is typed as varying over {sorted(varying)}."
+        )
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit_sharding(x))
 
 
@@ -49,3 +68,42 @@ def sharded_by_compiler(function: Callable[..., Any], like: Any) -> Callable[...
     whole = NamedSharding(typed_leaves[0].mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or whole, like)
     return auto_axes(function, out_sharding=shardings)
+
+
+def among_shards() -> bool:
+    """Whether this is the body of a `shard_map`."""
+    return AxisType.Manual in get_abstract_mesh().axis_types
+
+
+def outside_shards() -> AbstractContextManager[Any]:
+    """Lets arrays be computed with, as elsewhere, inside the body of a `shard_map`."""
+    if not among_shards():
+        return nullcontext()
+    return use_abstract_mesh(AbstractMesh((), ()))
+
+
+def check_axis(axis_name: str) -> None:
+    """Raises a ValueError if the mesh has no such axis."""
+    axes = get_abstract_mesh().shape
+    if axis_name not in axes:
+        raise ValueError(
+            f"stack_layers={axis_name!r} names no axis of the mesh, which has "
+            f"{', '.join(map(repr, axes)) or 'none'}. Call the step under "
+            "jax.set_mesh(mesh), for a mesh with that axis."
+        )
+
+
+def spread(stacked: Any, axis_name: str) -> Any:
+    """Gives each device along a mesh axis its share of stacked layers.
+
+    Arrays whose first axis the mesh axis does not divide stay as they are.
+    """
+    devices = get_abstract_mesh().shape[axis_name]
+
+    def place(leaf):
+        if leaf.shape[0] % devices:
+            return leaf
+        rest = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(axis_name, *rest))
+
+    return jax.tree.map(place, stacked)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from locoprop_optax._graph import Equation, Graph, body_of, run, tap_p
+from locoprop_optax._sharding import outside_shards
 from locoprop_optax._transfers import IDENTITY, Transfer, elu, leaky_relu
 
 _SHAPE_ONLY = {
@@ -100,7 +101,7 @@ def find_transfer(
       known: the transfer functions to look for, in the order of preference.
       outermost: whether `graph` is the whole loss rather than the body of a loop.
     """
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), outside_shards():
         if outermost and (found := _matching_of_loss(graph, tap, known)):
             return Finding(found, "the loss is its matching loss", by_loss=True)
         finding = _elementwise_consumer(graph, tap, known)

@@ -23,7 +23,7 @@ from locoprop_optax._layers import (
 )
 from locoprop_optax._local_problem import LocalProblems, pose
 from locoprop_optax._matching import check_params, match_layers
-from locoprop_optax._sharding import sharded_by_compiler
+from locoprop_optax._sharding import check_axis, sharded_by_compiler
 
 
 class ScaleByLocoPropState(NamedTuple):
@@ -50,7 +50,7 @@ def scale_by_locoprop(
     solver: solvers.Solver | None = None,
     include: PathPattern | None = None,
     exclude: PathPattern | None = None,
-    stack_layers: bool | None = None,
+    stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,7 +77,9 @@ def scale_by_locoprop(
       exclude: layers that are not local although they own a `kernel`.
       stack_layers: whether equal layers are solved together, stacked in one array: that
         is fewer kernels to launch, but copies what it stacks. Convolutions stay alone.
-        Default: on all devices but a CPU, which is faster without.
+        The name of a mesh axis spreads stacked layers over it, where it divides their
+        number, so that its devices solve different layers at the same time. Default:
+        on all devices but a CPU, which is faster without.
       precision: of the matrix products in the solver, as
         `jax.default_matmul_precision` takes it: `"BF16_BF16_F32"`, `"TF32_TF32_F32"`
         and others of `jax.lax.DotAlgorithmPreset` round what enters a product, and sum
@@ -94,7 +96,7 @@ def scale_by_locoprop(
     Raises:
       TypeError: from `update`, if `params` or `intermediates` is missing.
       ValueError: from `update`, if the intermediates do not fit the parameters; the
-        message names the layer.
+        message names the layer; or if the mesh has no axis `stack_layers`.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
@@ -120,6 +122,7 @@ def scale_by_locoprop(
     penalty = regularizers.none() if regularizer is None else regularizer
     selection = LayerSelection(include, exclude)
     stacked = jax.default_backend() != "cpu" if stack_layers is None else stack_layers
+    mesh_axis = stack_layers if isinstance(stack_layers, str) else None
 
     def init(params):
         local = selection.mask(params)
@@ -138,6 +141,8 @@ def scale_by_locoprop(
         del extra_args
         if params is None:
             raise TypeError("scale_by_locoprop: update needs `params`.")
+        if mesh_axis is not None:
+            check_axis(mesh_axis)
         layers = match_layers(intermediates, params, selection)
         local = selection.mask(params)
 
@@ -163,6 +168,7 @@ def scale_by_locoprop(
                     for path, layer in layers.items()
                     if not (stacked and layer.linear_map.stacks)
                 ],
+                mesh_axis=mesh_axis,
             )
             posed, new_target_states = grouped.map(
                 pose_layer,
