@@ -1,5 +1,8 @@
 """Training on several devices takes the steps of training on one."""
 
+import functools
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -39,19 +42,24 @@ class Convolutions(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-def train(loss_fn, params, batch, optimizer, *, steps=20):
-    """The losses of some steps, and the parameters after them."""
+def stepper(loss_fn, optimizer):
+    """An optimizer, and a training step with it."""
     make, curvature = optimizer
     tx = make()
 
-    @counted
     def step(params, state, batch):
         capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
         loss, grads, intermediates = capture(params, batch)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return optax.apply_updates(params, updates), state, loss
 
-    jitted, traces = step
+    return tx, step
+
+
+def train(loss_fn, params, batch, optimizer, *, steps=20):
+    """The losses of some steps, the parameters and the state after them, the traces."""
+    tx, step = stepper(loss_fn, optimizer)
+    jitted, traces = counted(step)
     state = tx.init(params)
     losses = []
     for _ in range(steps):
@@ -71,13 +79,21 @@ def placed(tree, mesh, *spec):
 MODELS = {"dense": (MLP(), 4), "conv": (Convolutions(), 36)}
 
 
+@functools.cache
+def on_one_device(optimizer, model):
+    """The losses and the parameters to compare with."""
+    module, features = MODELS[model]
+    loss_fn, params, batch = regression(module, batch=16, features=features)
+    return train(loss_fn, params, batch, OPTIMIZERS[optimizer])[:2]
+
+
 @pytest.mark.parametrize("kind", MESHES, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind):
     module, features = MODELS[model]
     loss_fn, params, batch = regression(module, batch=16, features=features)
-    losses, alone, _, _ = train(loss_fn, params, batch, OPTIMIZERS[optimizer])
+    losses, alone = on_one_device(optimizer, model)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         params, batch = placed(params, mesh), placed(batch, mesh, "data")
@@ -90,6 +106,84 @@ def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind
     for leaf in jax.tree.leaves((together, state)):
         assert leaf.sharding.is_fully_replicated
     assert len(traces) <= 2  # the state's placement is settled by the first step
+
+
+def collectives(loss_fn, params, batch, optimizer):
+    """The collective operations of a compiled step."""
+    tx, step = stepper(loss_fn, optimizer)
+    program = jax.jit(step).lower(params, tx.init(params), batch).compile().as_text()
+    return re.findall(
+        r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+        r"(?:-start)?\(",
+        program,
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "loops"),
+    [
+        (lambda: loco.locoprop_m(1e-4, num_local_steps=3), 1),
+        (lambda: loco.locoprop_m(1e-4, num_local_steps=7), 1),
+        (lambda: loco.locoprop_momentum(stack_layers=False), 2),
+        (lambda: loco.locoprop_momentum(solver=loco.solvers.majorized_newton(1)), 0),
+    ],
+)
+def test_one_reduction_for_each_local_step_of_a_group(optimizer, loops):
+    loss_fn, params, batch = regression(batch=16)
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        params, batch = placed(params, mesh), placed(batch, mesh, "data")
+        found = collectives(loss_fn, params, batch, (optimizer, False))
+    assert set(found) == {"all-reduce"}
+    # The gradient's, with which the Gram matrices go; and that in each loop of steps.
+    assert len(found) <= 1 + loops
+
+
+LAYOUTS = {"fsdp": [("data",), ("data",)], "tensor": [(None, "model"), ("model",)]}
+
+
+def laid_out(params, mesh, layout):
+    """The parameters of `MLP`, each kernel sharded as a layout says."""
+    sharded = {}
+    for (name, leaves), spec in zip(params.items(), LAYOUTS[layout], strict=True):
+        bias = spec[1:] if layout == "tensor" else ()
+        sharded[name] = {
+            "kernel": placed(leaves["kernel"], mesh, *spec),
+            "bias": placed(leaves["bias"], mesh, *bias),
+        }
+    return sharded
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sharded_parameters_stay_as_they_are(optimizer, layout):
+    loss_fn, params, batch = regression(MLP(hidden=8), batch=16)
+    losses, alone, _, _ = train(loss_fn, params, batch, OPTIMIZERS[optimizer], steps=5)
+    mesh = mesh_of(AxisType.Auto, (2, 4), ("data", "model"))
+    with jax.set_mesh(mesh):
+        params, batch = laid_out(params, mesh, layout), placed(batch, mesh, "data")
+        spread, together, state, traces = train(
+            loss_fn, params, batch, OPTIMIZERS[optimizer], steps=5
+        )
+    np.testing.assert_allclose(spread, losses, rtol=1e-4)
+    chex.assert_trees_all_close(together, alone, rtol=1e-3, atol=1e-4)
+    kernels = {name: leaves["kernel"] for name, leaves in params.items()}
+    for name, kernel in kernels.items():
+        assert together[name]["kernel"].sharding.is_equivalent_to(kernel.sharding, 2)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        for name, kernel in kernels.items():
+            if f"'{name}'" in jax.tree_util.keystr(path) and leaf.shape == kernel.shape:
+                assert leaf.sharding.is_equivalent_to(kernel.sharding, 2)
+    assert len(traces) <= 2
+
+
+def test_first_order_steps_gather_no_part_of_a_layer():
+    loss_fn, params, batch = regression(MLP(hidden=8), batch=16)
+    mesh = mesh_of(AxisType.Auto, (2, 4), ("data", "model"))
+    with jax.set_mesh(mesh):
+        params, batch = laid_out(params, mesh, "tensor"), placed(batch, mesh, "data")
+        found = collectives(loss_fn, params, batch, OPTIMIZERS["first_order"])
+    assert set(found) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("kind", MESHES, ids=lambda kind: kind.name)
