@@ -3,6 +3,7 @@
 from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
 from locoprop_optax._averaged import averaged
 from locoprop_optax._check import check_intermediates
+from locoprop_optax._check_state import check_state
 from locoprop_optax._curveball import curveball
 from locoprop_optax._diagnostics import LayerDiagnostics, diagnostics_of
 from locoprop_optax._intermediates import (
@@ -34,6 +35,7 @@ __all__ = [
     "add_sampled_cotangents",
     "averaged",
     "check_intermediates",
+    "check_state",
     "curveball",
     "diagnostics_of",
     "join_intermediates",

@@ -1,0 +1,56 @@
+"""A saved state of something else is refused, with what differs."""
+
+import optax
+import pytest
+
+import locoprop_optax as loco
+from tests.helpers import MLP, regression
+
+
+def state_of(tx, hidden=5):
+    _, params, _ = regression(MLP(hidden=hidden))
+    return {"params": params, "opt_state": tx.init(params), "step": 3}
+
+
+def as_dictionaries(tree):
+    """What a file keeps of a state."""
+    if hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    if isinstance(tree, tuple):
+        tree = dict(enumerate(tree))
+    if isinstance(tree, dict):
+        return {str(key): as_dictionaries(value) for key, value in tree.items()}
+    return tree
+
+
+@pytest.mark.parametrize("make", [loco.locoprop, lambda: loco.locoprop_m(1e-3)])
+def test_the_same_state_passes(make):
+    tx = optax.chain(optax.clip_by_global_norm(1.0), make())
+    loco.check_state(as_dictionaries(state_of(tx)), state_of(tx))
+
+
+def test_another_model():
+    tx = loco.locoprop_momentum()
+    match = (
+        r"params/first/kernel: saved as float32\[4, 5\], expected float32\[4, 6\]"
+        r"[\s\S]*begin anew"
+    )
+    with pytest.raises(ValueError, match=match):
+        loco.check_state(state_of(tx), state_of(tx, hidden=6))
+
+
+def test_another_solver():
+    saved = loco.locoprop_momentum()
+    solver = loco.solvers.majorized_newton(ema=0.9)
+    match = r"solver/curvature/first/kernel/inner: saved as nothing, expected float32"
+    with pytest.raises(ValueError, match=match):
+        loco.check_state(
+            state_of(saved), state_of(loco.locoprop_momentum(solver=solver))
+        )
+
+
+def test_a_version_that_lacked_something_lists_the_first_differences():
+    state = state_of(loco.locoprop())
+    without = {"params": state["params"]}
+    with pytest.raises(ValueError, match=r"saved as nothing[\s\S]*and \d+ more"):
+        loco.check_state(without, state)
