@@ -17,7 +17,7 @@ from jax.core import Tracer, eval_jaxpr
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from locoprop_optax._sharding import among_shards
+from locoprop_optax._sharding import among_shards, was_among_shards
 
 tap_p = core.Primitive("locoprop_tap")
 
@@ -87,15 +87,19 @@ class Equation(NamedTuple):
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
         """Its results for the values of its inputs.
 
-        They are computed where this is called, and not on the mesh of the trace; off
-        that mesh a sum over shards is the one shard's.
+        They are computed where this is called, and not on the mesh of the trace. For
+        one shard alone a sum over shards is its own, and a function is what it does,
+        since a derivative rule would bring the mesh back.
         """
-        if self.primitive.name in _OVER_SHARDS and not among_shards():
+        apart = was_among_shards(self.source.outvars[0]) and not among_shards()
+        if apart and self.primitive.name in _OVER_SHARDS:
             return list(operands)
         body = body_of(self.params)
-        if self.primitive.name in _CALLS and body is not None:
+        runs = _CALLS | {"custom_jvp_call"} if apart else _CALLS
+        if self.primitive.name in runs and body is not None:
             called = Graph.of(body)
-            given = dict(zip(called.inputs, operands, strict=True)) | called.held
+            held = {n: np.asarray(v) if apart else v for n, v in called.held.items()}
+            given = dict(zip(called.inputs, operands, strict=True)) | held
             known = run(called.equations, given)
             return _read(called.results, known)
         given = {

@@ -75,6 +75,11 @@ def among_shards() -> bool:
     return AxisType.Manual in get_abstract_mesh().axis_types
 
 
+def was_among_shards(var: Any) -> bool:
+    """Whether a variable of a trace stands in the body of a `shard_map`."""
+    return AxisType.Manual in var.aval.sharding.mesh.axis_types
+
+
 def outside_shards() -> AbstractContextManager[Any]:
     """Lets arrays be computed with, as elsewhere, inside the body of a `shard_map`."""
     if not among_shards():
