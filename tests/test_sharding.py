@@ -221,14 +221,46 @@ def test_layers_are_spread_over_an_axis_that_the_mesh_has():
         tx.update(grads, tx.init(params), params, intermediates=intermediates)
 
 
-def test_shards_that_are_not_told_apart_by_types():
-    loss_fn, params, batch = regression()
-    mesh = mesh_of(AxisType.Auto)
-    capture = jax.shard_map(
-        loco.linen.value_and_grad(loss_fn),
+def over_shards(function, mesh, **options):
+    return jax.shard_map(
+        function,
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec(),
+        **options,
     )
+
+
+def test_shards_that_are_not_told_apart_by_types():
+    loss_fn, params, batch = regression()
+    capture = over_shards(loco.linen.value_and_grad(loss_fn), mesh_of(AxisType.Auto))
     with pytest.raises(ValueError, match="only with check_vma=False"):
         capture(params, batch)
+
+
+def test_a_loss_that_is_a_mean_over_shards():
+    loss_fn, params, batch = regression()
+    mesh, seen = mesh_of(AxisType.Auto), {}
+
+    def capture(params, batch):
+        def mean_loss(params, batch):
+            return jax.lax.pmean(loss_fn(params, batch), "data")
+
+        loss, _, found = loco.linen.value_and_grad(mean_loss)(params, batch)
+        seen.update({path: la.transfer.name for path, la in found.layers.items()})
+        return loss
+
+    loss = jax.jit(over_shards(capture, mesh, check_vma=False))(params, batch)
+    np.testing.assert_allclose(loss, loss_fn(params, batch), rtol=1e-6)
+    assert seen == {"first": "tanh", "second": "identity"}
+
+
+def test_a_shard_map_inside_the_loss_is_refused():
+    loss_fn, params, batch = regression()
+    inner = over_shards(
+        lambda params, batch: jax.lax.pmean(loss_fn(params, batch), "data"),
+        mesh_of(AxisType.Auto),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=r"'first' cannot be .* inside a shard_map"):
+        loco.linen.value_and_grad(inner)(params, batch)

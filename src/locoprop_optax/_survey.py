@@ -60,6 +60,10 @@ _REPLAYED = (
     "a call of it comes from a jitted function's cached trace, which cannot be told "
     "from another call; use the function without jit inside the loss"
 )
+_SHARDED = (
+    "it is called inside a shard_map; shard the arrays under jax.jit instead, or put "
+    "the shard_map around the whole training step, with locoprop_optax.averaged"
+)
 _TIED = "its kernel is also multiplied with something else, as tied weights are"
 _COMPUTED = (
     "the kernel that it uses is not its parameter itself but computed from it, or "
@@ -106,6 +110,8 @@ def _trouble_in(wrap: Equation, probe: set[int]) -> str | None:
         whole = params["num_consts"] + params["num_carry"]
         sliced = all(at >= whole for at in probe)
         return None if sliced else _BROADCAST.format("the turns of a scan")
+    if name == "shard_map":
+        return _SHARDED
     if name.startswith("custom_"):
         return "a custom derivative rule around it hides it"
     return f"it is called inside a {name}, which keeps no record of each turn"
