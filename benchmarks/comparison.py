@@ -235,6 +235,7 @@ def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
         help="how often losses are measured; of the autoencoder after each epoch",
     )
     add("--seeds", nargs="+", type=int, default=[0], help="of weights and batches")
+    add("--loaded", action="store_true", help="the machine is busy: report no times")
     add("--resume", action="store_true", help="keep and skip what was written before")
     add("--settings", type=Path, help="what `benchmarks.tune` found; else defaults")
     return parser
@@ -254,6 +255,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
         "test_images": len(problem.test.inputs),
         "steps": steps,
         "batch_size": options.batch_size,
+        "loaded": options.loaded,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{benchmark.stem(options)}.jsonl"

@@ -67,18 +67,24 @@ def label(name: str) -> str:
     return CONTESTANTS[name].label if name in CONTESTANTS else name
 
 
+def timed(runs: Results) -> Results:
+    """Those whose times mean something: the machine did nothing else."""
+    return [run for run in runs if not run["settings"].get("loaded")]
+
+
 def rows(results: Results) -> list[tuple[str, ...]]:
     """Each optimizer's label and `COLUMNS`, or why it failed.
 
-    Over several seeds losses are means, ranges behind them, and times are medians.
+    Over several seeds losses are means, ranges behind them, and times are medians, also
+    relative to Adam's, or AdamW's where it did not run.
     """
     groups = by_optimizer(results)
 
     def step_seconds(name):
-        seconds = [r["median_step_seconds"] for r in groups.get(name, ())]
-        return float(np.median(seconds)) if seconds and None not in seconds else None
+        seconds = [r["median_step_seconds"] for r in timed(groups.get(name, ()))]
+        return np.median(seconds) if seconds and None not in seconds else np.nan
 
-    adam = step_seconds("adam")
+    adam = step_seconds("adam" if "adam" in groups else "adamw")
     table = []
     for name, runs in groups.items():
         errors = [run["error"] for run in runs if "error" in run]
@@ -93,12 +99,20 @@ def rows(results: Results) -> list[tuple[str, ...]]:
                 _mean_and_range([point["train_loss"] for point in last]),
                 _mean_and_range([point["test_loss"] for point in last]),
                 str(last[0]["steps"]),
-                f"{np.median([point['seconds'] for point in last]):.1f}",
-                f"{step:.3f}",
-                f"{step / adam:.2f}" if adam else "–",
+                _shown(_median([r["curve"][-1]["seconds"] for r in timed(runs)]), 1),
+                _shown(step, 3),
+                _shown(step / adam, 2),
             )
         )
     return table
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if values else np.nan
+
+
+def _shown(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}" if np.isfinite(number) else "–"
 
 
 def _mean_and_range(values: Sequence[float]) -> str:
@@ -135,7 +149,7 @@ def milestones(results: Results) -> str:
     unit = unit_of(results)
     total = max(point[KEYS[unit]] for r in results for point in r["curve"])
     counts = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
-    ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in g]
+    ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in timed(g)]
     seconds = [float(f"{np.median(ends) * share:.1g}") for share in (0.25, 0.5, 1.0)]
 
     def reached(run, key, limit):
@@ -151,16 +165,19 @@ def milestones(results: Results) -> str:
     columns = [*header, *about.values()]
     lines = [("training loss", *columns), ("---", *["---:"] * len(columns))]
     for name, runs in groups.items():
-        marks = [(KEYS[unit], at) for at in counts] + [
-            ("seconds", at) for at in seconds
+        marks = [(runs, KEYS[unit], at) for at in counts]
+        marks += [(timed(runs), "seconds", at) for at in seconds]
+        means = [
+            np.mean([reached(r, key, at) for r in of]) if of else np.nan
+            for of, key, at in marks
         ]
-        means = [np.mean([reached(r, key, at) for r in runs]) for key, at in marks]
-        known = [runs[0].get(key) for key in about]
+        quiet = (*timed(runs), {})[0]
+        known = [(quiet if key == "compile_seconds" else runs[0], key) for key in about]
         lines.append(
             (
                 label(name),
-                *(f"{mean:.1f}" for mean in means),
-                *("–" if value is None else f"{value:.1f}" for value in known),
+                *(_shown(mean, 1) for mean in means),
+                *(_shown(one.get(key, np.nan), 1) for one, key in known),
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
@@ -168,13 +185,17 @@ def milestones(results: Results) -> str:
 
 def plot_curves(results: Results, path: Path) -> None:
     """Draws the loss against epochs or steps and against seconds, means over seeds."""
-    groups = {n: [r for r in g if r["curve"]] for n, g in by_optimizer(results).items()}
+    begun = [result for result in results if result["curve"]]
+    groups = by_optimizer(begun)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         unit, few = unit_of(results), len(groups) < 6
         for axes, key in ((left, KEYS[unit]), (right, "seconds")):
-            for i, (name, runs) in enumerate((n, g) for n, g in groups.items() if g):
+            for i, (name, runs) in enumerate(groups.items()):
+                runs = runs if axes is left else timed(runs)
+                if not runs:
+                    continue
                 shared = min(len(run["curve"]) for run in runs)
 
                 def mean(figure, runs=runs, shared=shared):

@@ -54,6 +54,29 @@ def test_an_adam_that_failed_leaves_the_others_without_a_ratio():
     point = {"train_loss": 1.0, "test_loss": 2.0, "steps": 3, "seconds": 4.0}
     done = {"optimizer": "sgd", "median_step_seconds": 0.5, "curve": [point]}
     failed = {"optimizer": "adam", "median_step_seconds": None, "error": "no"}
-    first, second = report.rows([done, {**failed, "curve": []}])
+    both = [done, {**failed, "curve": []}]
+    first, second = report.rows([{**result, "settings": {}} for result in both])
     assert first[-1] == "–"
     assert second[1] == "1 of 1 failed: no"
+
+
+def test_runs_on_a_busy_machine_count_for_losses_alone():
+    def run(seconds, loss, loaded):
+        start = {"epoch": 0, "steps": 0, "seconds": 0.0, "train_loss": 9.0}
+        end = {"epoch": 1, "steps": 3, "seconds": seconds, "train_loss": loss}
+        return {
+            "optimizer": "adam",
+            "median_step_seconds": seconds / 3,
+            "curve": [{**point, "test_loss": loss} for point in (start, end)],
+            "settings": {"epochs": 1, "loaded": loaded},
+        }
+
+    quiet, busy = run(6.0, 4.0, False), run(60.0, 2.0, True)
+    (row,) = report.rows([quiet, busy])
+    assert row[1] == "3.00 (2.00 to 4.00)"
+    assert row[4:] == ("6.0", "2.000", "1.00")
+    *_, marks = report.milestones([quiet, busy]).splitlines()
+    assert marks.split(" | ")[1] == "3.0"
+    assert "4.0" in marks.split(" | ")[2:]
+    (row,) = report.rows([busy])
+    assert row[4:] == ("–", "–", "–")
