@@ -1,6 +1,9 @@
 """LocoProp: train a network by solving one small local problem per layer."""
 
-from locoprop_optax import linen, losses, nnx, regularizers, solvers, targets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from locoprop_optax import linen, losses, regularizers, solvers, targets
 from locoprop_optax._averaged import averaged
 from locoprop_optax._check import check_intermediates
 from locoprop_optax._check_state import check_state
@@ -21,6 +24,9 @@ from locoprop_optax._quadratic_model import (
     scale_by_quadratic_model,
 )
 from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
+
+if TYPE_CHECKING:
+    from locoprop_optax import nnx
 
 __version__ = "0.1.0"
 
@@ -53,3 +59,10 @@ __all__ = [
     "solvers",
     "targets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `nnx` when it is asked for, as Flax does."""
+    if name == "nnx":
+        return import_module("locoprop_optax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
