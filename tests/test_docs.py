@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pytest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-RUN_ELSEWHERE = {"recovered.md"}
+RUN_ELSEWHERE = {"errors.md", "recovered.md"}
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,27 @@ def test_the_tests_that_promises_name_are_there():
     assert len(promised) > 15
     for name in promised:
         assert f"def {name}(" in tests, name
+
+
+ERRORS = next(p for p in PAGES if p.name == "errors.md").read_text()
+MISTAKES = re.findall(
+    r"## (.*)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", ERRORS, re.S
+)
+
+
+def test_the_page_of_errors_has_the_likeliest_mistakes():
+    assert len(MISTAKES) >= 25
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [mistake[1:] for mistake in MISTAKES],
+    ids=[mistake[0] for mistake in MISTAKES],
+)
+def test_a_mistake_gets_the_message_that_the_page_shows(code, message):
+    names = {"__name__": "__docs__"}
+    exec(re.search(r"```python\n(.*?)```", ERRORS, re.S)[1], names)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        exec(code, names)
+    shown = f"{type(caught.value).__name__}: {caught.value}"
+    assert shown.split() == message.split()

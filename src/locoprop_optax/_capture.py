@@ -210,6 +210,20 @@ class Plan(NamedTuple):
         )
 
 
+def loss_in(result: Any, has_aux: bool) -> Any:
+    """The loss in what a loss function returned.
+
+    Raises:
+      TypeError: if there is more in it than was said.
+    """
+    if isinstance(result, tuple) and not has_aux:
+        raise TypeError(
+            f"loss_fn returned a tuple of {len(result)}, expected the loss alone. If "
+            "it is (loss, aux), pass has_aux=True."
+        )
+    return result[0] if has_aux else result
+
+
 def as_transfers(transfers: Transfers | None) -> dict[str, Transfer]:
     """The user's transfer functions, each name looked up."""
     return {path: as_transfer(t) for path, t in (transfers or {}).items()}
@@ -237,7 +251,8 @@ def plan(
         trace shows.
 
     Raises:
-      ValueError: if a pattern fits no layer, or a layer's records would not be whole.
+      ValueError: if there is nothing to capture, a pattern fits no layer, or a
+        layer's records would not be whole.
     """
     layers = layers_of(params)
     names = [split_key_path(k) for k, _ in jax.tree.leaves_with_path(params)]
@@ -245,6 +260,13 @@ def plan(
     sightings: dict[str, list[Sighting]] = {}
     for sighting in survey(closed, kernels, list(known_transfers().values())):
         sightings.setdefault(sighting.layer, []).append(sighting)
+    if anchored and not sightings:
+        raise ValueError(
+            "The loss calls no layer that can be captured: none of "
+            f"{', '.join(map(repr, sorted(anchored)))} is of a known kind that owns a "
+            "kernel. Use another optimizer, or register your linear layers with "
+            "register_linear of locoprop_optax.linen or nnx."
+        )
     for pattern in transfers:
         if not any(matches(pattern, path) for path in sightings):
             raise ValueError(

@@ -57,7 +57,9 @@ def keep_finite(
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
-            raise TypeError("keep_finite: update needs `params`.")
+            raise TypeError(
+                "update needs `params`: call tx.update(grads, state, params, ...)."
+            )
         step, moved = optimizer.update(updates, state.inner_state, params, **extra_args)
         reached = optax.apply_updates(params, step)
         finite = all_finite(reached) & _stays_finite(state.inner_state, moved)

@@ -46,14 +46,17 @@ def match_layers(
             "LocoProp's update needs `intermediates=`, each layer's inputs and "
             "cotangents. Get them with the loss and the gradients from "
             "locoprop_optax.linen.value_and_grad(loss_fn)(params, ...) and call "
-            "tx.update(grads, state, params, intermediates=intermediates). If that was "
-            "done, a transformation around LocoProp drops its extra arguments: wrap it "
-            "in optax.with_extra_args_support, or put LocoProp outside it."
+            "tx.update(grads, state, params, intermediates=intermediates). Flax's "
+            "TrainState drops them; locoprop_optax.linen.TrainState and nnx.Optimizer "
+            "take them. If that was done, a transformation around LocoProp drops its "
+            "extra arguments: make it an optax.GradientTransformationExtraArgs, or put "
+            "LocoProp outside it."
         )
     if not isinstance(intermediates, Intermediates):
         raise TypeError(
             "`intermediates` must be locoprop_optax.Intermediates, got "
-            f"{type(intermediates).__name__}."
+            f"{type(intermediates).__name__}. They are the third result of "
+            "locoprop_optax.linen.value_and_grad(loss_fn)(params, ...)."
         )
     everything = layers_of(params)
     for path in intermediates.layers:

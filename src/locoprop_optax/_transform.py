@@ -24,6 +24,7 @@ from locoprop_optax._layers import (
 from locoprop_optax._local_problem import LocalProblems, pose
 from locoprop_optax._matching import check_params, match_layers
 from locoprop_optax._sharding import check_axis, sharded_by_compiler
+from locoprop_optax._transfers import IDENTITY
 
 
 class ScaleByLocoPropState(NamedTuple):
@@ -94,7 +95,7 @@ def scale_by_locoprop(
       result of `linen.value_and_grad`.
 
     Raises:
-      TypeError: from `update`, if `params` or `intermediates` is missing.
+      TypeError: if a part is none; from `update`, if `params` or `intermediates` is missing.
       ValueError: from `update`, if the intermediates do not fit the parameters; the
         message names the layer; or if the mesh has no axis `stack_layers`.
 
@@ -120,6 +121,7 @@ def scale_by_locoprop(
     target = targets.normalized(0.05) if target is None else target
     solver = solvers.majorized_newton() if solver is None else solver
     penalty = regularizers.none() if regularizer is None else regularizer
+    _check_parts(loss, target, penalty, solver)
     selection = LayerSelection(include, exclude)
     stacked = jax.default_backend() != "cpu" if stack_layers is None else stack_layers
     mesh_axis = stack_layers if isinstance(stack_layers, str) else None
@@ -205,3 +207,30 @@ def scale_by_locoprop(
         return with_layers(updates, directions), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_parts(loss: Any, target: Any, regularizer: Any, solver: Any) -> None:
+    """Raises a TypeError for a part that is something else."""
+
+    def check(is_one, name, found, example):
+        if not is_one:
+            raise TypeError(
+                f"{name}= must be what a function such as locoprop_optax.{example} "
+                f"returns, got {found!r}."
+            )
+
+    try:
+        is_loss = hasattr(loss(IDENTITY), "gradient")
+    except (TypeError, AttributeError):
+        is_loss = False
+    check(is_loss, "loss", loss, "losses.matching_loss()")
+    check(
+        isinstance(target, targets.Target), "target", target, "targets.normalized(0.05)"
+    )
+    check(
+        hasattr(regularizer, "gradient"),
+        "regularizer",
+        regularizer,
+        "regularizers.none()",
+    )
+    check(isinstance(solver, solvers.Solver), "solver", solver, "solvers.exact()")

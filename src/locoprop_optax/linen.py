@@ -21,6 +21,7 @@ from locoprop_optax._capture import (
     Transfers,
     anchors_of,
     as_transfers,
+    loss_in,
     plan,
     table,
     tapped,
@@ -340,7 +341,7 @@ def _discover(
     def tapped_loss(params, probes):
         with _intercepted(discover):
             result = loss_fn(_with_probes(params, probes), *args, **kwargs)
-        return result[0] if has_aux else result
+        return loss_in(result, has_aux)
 
     closed = jax.make_jaxpr(tapped_loss)(params, anchors)
     return plan(closed, params, anchors, transfers)

@@ -20,6 +20,7 @@ from locoprop_optax._capture import (
     Transfers,
     anchors_of,
     as_transfers,
+    loss_in,
     plan,
     table,
     tapped,
@@ -254,7 +255,7 @@ def _discover(
         copy = _with_probes(nnx.merge(graphdef, params, rest, copy=True), probes)
         with _intercepted(copy, discover):
             result = loss_fn(copy, *_copied(args).values(), **_copied(kwargs))
-        return result[0] if has_aux else result
+        return loss_in(result, has_aux)
 
     closed = jax.make_jaxpr(tapped_loss)(params, anchors)
     return plan(closed, params, anchors, transfers)

@@ -155,8 +155,8 @@ def exact(damping: ScalarOrSchedule = 0.0, *, ema: float = 0.0) -> Solver:
     def check(problem):
         if problem.loss != SQUARED_LOSS:
             raise LayerError(
-                f"exact solves the squared loss, not {problem.loss}. Use it with "
-                "losses.squared_loss(), or use solvers.majorized_newton."
+                f"exact solves the squared loss, not {_named(problem.loss)}. Use it "
+                "with losses.squared_loss(), or use solvers.majorized_newton."
             )
 
     def solve(problems, state, count):
@@ -175,14 +175,17 @@ def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
     bound, penalty = problem.loss.curvature, problem.regularizer.curvature
     if bound is None or penalty is None:
         lacking = problem.loss if bound is None else problem.regularizer
-        transfer = getattr(lacking, "transfer", None)
-        name = f"the loss of {transfer.name!r}" if transfer else lacking
         raise LayerError(
-            f"{solver} needs a bound on the curvature of {name}, which has none. Use "
-            "solvers.first_order, a Transfer with derivative_bound, or "
+            f"{solver} needs a bound on the curvature of {_named(lacking)}, which has "
+            "none. Use solvers.first_order, a Transfer with derivative_bound, or "
             "transfers={path: 'identity'} where the layer is captured."
         )
     return bound, penalty
+
+
+def _named(loss: Any) -> str:
+    transfer = getattr(loss, "transfer", None)
+    return f"the loss of {transfer.name!r}" if transfer else str(loss)
 
 
 class MajorizedNewtonState(NamedTuple):
