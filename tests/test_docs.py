@@ -32,7 +32,7 @@ def test_the_tests_that_promises_name_are_there():
 
 ERRORS = next(p for p in PAGES if p.name == "errors.md").read_text()
 MISTAKES = re.findall(
-    r"## (.*)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", ERRORS, re.S
+    r"## ([^\n]*)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", ERRORS, re.S
 )
 
 

@@ -99,8 +99,8 @@ class Equation(NamedTuple):
         if self.primitive.name in runs and body is not None:
             called = Graph.of(body)
             held = {n: np.asarray(v) if apart else v for n, v in called.held.items()}
-            given = dict(zip(called.inputs, operands, strict=True)) | held
-            known = run(called.equations, given)
+            inputs: dict[Any, Any] = dict(zip(called.inputs, operands, strict=True))
+            known = run(called.equations, inputs | held)
             return _read(called.results, known)
         given = {
             var: value

@@ -95,7 +95,8 @@ def scale_by_locoprop(
       result of `linen.value_and_grad`.
 
     Raises:
-      TypeError: if a part is none; from `update`, if `params` or `intermediates` is missing.
+      TypeError: if `loss`, `target`, `regularizer` or `solver` is something else; from
+        `update`, if `params` or `intermediates` is missing.
       ValueError: from `update`, if the intermediates do not fit the parameters; the
         message names the layer; or if the mesh has no axis `stack_layers`.
 
@@ -216,7 +217,7 @@ def _check_parts(loss: Any, target: Any, regularizer: Any, solver: Any) -> None:
         if not is_one:
             raise TypeError(
                 f"{name}= must be what a function such as locoprop_optax.{example} "
-                f"returns, got {found!r}."
+                f"returns, got {getattr(found, '__name__', repr(found))}."
             )
 
     try:
