@@ -84,6 +84,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         seconds = [r["median_step_seconds"] for r in timed(groups.get(name, ()))]
         return np.median(seconds) if seconds and None not in seconds else np.nan
 
+    digits = 2 if _are_large(results) else 3
     adam = step_seconds("adam" if "adam" in groups else "adamw")
     table = []
     for name, runs in groups.items():
@@ -96,8 +97,8 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         table.append(
             (
                 label(name),
-                _mean_and_range([point["train_loss"] for point in last]),
-                _mean_and_range([point["test_loss"] for point in last]),
+                _mean_and_range([point["train_loss"] for point in last], digits),
+                _mean_and_range([point["test_loss"] for point in last], digits),
                 str(last[0]["steps"]),
                 _shown(_median([r["curve"][-1]["seconds"] for r in timed(runs)]), 1),
                 _shown(step, 3),
@@ -115,11 +116,14 @@ def _shown(number: float, digits: int) -> str:
     return f"{number:.{digits}f}" if np.isfinite(number) else "–"
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
-    mean = f"{np.mean(values):.2f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.2f} to {max(values):.2f})"
+def _are_large(results: Results) -> bool:
+    """Whether losses are tens, so that hundredths say little."""
+    return any(p["train_loss"] > 10 for r in results for p in r["curve"][1:])
+
+
+def _mean_and_range(values: Sequence[float], digits: int) -> str:
+    shown = [f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values))]
+    return shown[0] if len(values) == 1 else "{} ({} to {})".format(*shown)
 
 
 def print_table(results: Results) -> None:
@@ -150,7 +154,9 @@ def milestones(results: Results) -> str:
     total = max(point[KEYS[unit]] for r in results for point in r["curve"])
     counts = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
     ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in timed(g)]
-    seconds = [float(f"{np.median(ends) * share:.1g}") for share in (0.25, 0.5, 1.0)]
+    shares = (0.25, 0.5, 1.0) if ends else ()
+    seconds = [float(f"{np.median(ends) * share:.1g}") for share in shares]
+    digits = 1 if _are_large(results) else 3
 
     def reached(run, key, limit):
         points = [p for p in run["curve"] if p[key] <= limit]
@@ -176,7 +182,7 @@ def milestones(results: Results) -> str:
         lines.append(
             (
                 label(name),
-                *(_shown(mean, 1) for mean in means),
+                *(_shown(mean, digits) for mean in means),
                 *(_shown(one.get(key, np.nan), 1) for one, key in known),
             )
         )
@@ -189,9 +195,11 @@ def plot_curves(results: Results, path: Path) -> None:
     groups = by_optimizer(begun)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
         unit, few = unit_of(results), len(groups) < 6
-        for axes, key in ((left, KEYS[unit]), (right, "seconds")):
+        keys = [KEYS[unit], *(["seconds"] if timed(begun) else [])]
+        panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+        left = panels[0]
+        for axes, key in zip(panels, keys, strict=True):
             for i, (name, runs) in enumerate(groups.items()):
                 runs = runs if axes is left else timed(runs)
                 if not runs:

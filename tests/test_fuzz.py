@@ -217,3 +217,21 @@ def test_intermediates_under_another_name(path):
     tx = loco.scale_by_locoprop()
     with pytest.raises(ValueError, match="not in the param"):
         tx.update(grads, tx.init(params), params, intermediates=renamed)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("change", ["nothing", "turned", "no axis"])
+def test_a_convolution_with_an_array_of_another_form(name, change):
+    case = {"kind": (nn.Conv(2, (2,)), 3), "transfer": "tanh", "dtype": jnp.float32}
+    params, grads, intermediates = captured(
+        {**case, "examples": 3, "features": 2, "scale": 1.0}
+    )
+    broken = with_field(name, CHANGES[change])(intermediates.layers["layer"])
+    tx = loco.scale_by_locoprop()
+    with pytest.raises(ValueError, match=r"'layer': (the shape of )?its"):
+        tx.update(
+            grads,
+            tx.init(params),
+            params,
+            intermediates=loco.Intermediates({"layer": broken}),
+        )

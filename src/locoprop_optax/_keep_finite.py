@@ -75,7 +75,7 @@ def keep_finite(
 
 def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
     """A counter moved on, that stays where it is rather than overflow."""
-    return jnp.maximum(counter, counter + by)
+    return jnp.maximum(counter, counter + jnp.asarray(by, counter.dtype))
 
 
 def all_finite(tree: Any) -> Array:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from locoprop_optax._intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._layers import (
@@ -99,7 +100,10 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
         )
 
     for what in ("inputs", "preactivations", "cotangents"):
-        dtype = getattr(layer, what).dtype
+        array = getattr(layer, what)
+        if not hasattr(array, "dtype"):
+            refuse(f"its {what}", array, "an array")
+        dtype = array.dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             refuse(f"the dtype of its {what}", dtype, "a floating-point dtype")
     shape = layer.preactivations.shape
@@ -113,8 +117,8 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
     for name, param in params.items():
         if name not in layer.gradient:
             refuse("its gradient", f"without {name}", f"one for {', '.join(params)}")
-        if layer.gradient[name].shape != param.shape:
-            found = layer.gradient[name].shape
+        found = getattr(layer.gradient[name], "shape", None)
+        if found != param.shape:
             refuse(f"the shape of its gradient for {name}", found, param.shape)
     forward = layer.linear_map
     for _ in range(layer.stack_dims):
@@ -122,7 +126,7 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
     shapes = {name: p.shape for name, p in params.items()}
     try:
         fits = jax.eval_shape(forward, dict(params), layer.inputs).shape
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, FlaxError):
         refuse("the shape of its inputs", layer.inputs.shape, f"one for {shapes}")
     else:
         if fits != shape:

@@ -16,9 +16,14 @@ def test_tables_of_the_readme_are_the_committed_results(data):
 
 
 def test_the_page_of_results_is_the_committed_results():
-    path = ROOT / "benchmarks" / "results" / "autoencoder_mnist.jsonl"
     page = (ROOT / "docs" / "results.md").read_text()
-    assert report.milestones(report.read_results(path)) in page
+    for name, table in (
+        ("autoencoder_mnist", report.milestones),
+        ("transformer", report.milestones),
+        ("transformer", report.markdown),
+    ):
+        path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+        assert table(report.read_results(path)) in page
 
 
 def test_the_command_shows_a_table_and_draws_a_picture(tmp_path, capsys):
@@ -46,8 +51,8 @@ def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
         *("epoch 1", "epoch 2", "epoch 4"),
         *("2 s", "5 s", "10 s"),
     ]
-    assert table[2].split(" | ")[1:7] == ["4.0", "3.0", "1.0", "9.0", "9.0", "4.0"]
-    assert table[3].split(" | ")[1:7] == ["8.0", "7.0", "5.0", "9.0", "7.0", "5.0"]
+    assert table[2].split(" | ")[1:7] == [f"{loss}.000" for loss in (4, 3, 1, 9, 9, 4)]
+    assert table[3].split(" | ")[1:7] == [f"{loss}.000" for loss in (8, 7, 5, 9, 7, 5)]
 
 
 def test_an_adam_that_failed_leaves_the_others_without_a_ratio():
@@ -73,10 +78,10 @@ def test_runs_on_a_busy_machine_count_for_losses_alone():
 
     quiet, busy = run(6.0, 4.0, False), run(60.0, 2.0, True)
     (row,) = report.rows([quiet, busy])
-    assert row[1] == "3.00 (2.00 to 4.00)"
+    assert row[1] == "3.000 (2.000 to 4.000)"
     assert row[4:] == ("6.0", "2.000", "1.00")
     *_, marks = report.milestones([quiet, busy]).splitlines()
-    assert marks.split(" | ")[1] == "3.0"
-    assert "4.0" in marks.split(" | ")[2:]
+    assert marks.split(" | ")[1] == "3.000"
+    assert "4.000" in marks.split(" | ")[2:]
     (row,) = report.rows([busy])
     assert row[4:] == ("–", "–", "–")
