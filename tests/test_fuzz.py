@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
 from tests.helpers import TRANSFERS
 
+FEW = settings(max_examples=settings.default.max_examples // 2)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 layer_kinds = st.one_of(
@@ -146,6 +147,7 @@ def refused_by_layer():
             raise
 
 
+@FEW
 @given(cases)
 def test_any_layer_with_any_parts(case):
     with refused_by_layer():
@@ -197,6 +199,7 @@ mutations = st.one_of(
 )
 
 
+@FEW
 @given(cases, mutations)
 def test_intermediates_that_something_is_wrong_with(case, mutation):
     params, grads, intermediates = captured(case)

@@ -84,8 +84,8 @@ class Equation(NamedTuple):
         """Whether it is a tap of a layer, or runs one."""
         return layer in layers_in(self.source)
 
-    def evaluate(self, operands: Sequence[Any]) -> list[Any]:
-        """Its results for the values of its inputs.
+    def evaluate(self, operands: Sequence[Any], context: Any) -> list[Any]:
+        """Its results for the values of its inputs, in the context of other equations.
 
         They are computed where this is called, and not on the mesh of the trace. For
         one shard alone a sum over shards is its own, and a function is what it does,
@@ -107,13 +107,12 @@ class Equation(NamedTuple):
             for var, value in zip(self.source.invars, operands, strict=True)
             if not isinstance(var, core.Literal)
         }
-        here = jax.make_jaxpr(jnp.negative)(0.0).eqns[0].ctx
         invars = [_off_mesh(atom) for atom in self.source.invars]
         alone = self.home.replace(
             constvars=[],
             invars=list(given),
             outvars=self.source.outvars,
-            eqns=[self.source.replace(ctx=here, invars=invars)],
+            eqns=[self.source.replace(ctx=context, invars=invars)],
         )
         return eval_jaxpr(alone, [], *given.values())
 
@@ -259,8 +258,9 @@ class Graph:
 def run(equations: Sequence[Equation], values: Mapping[int, Any]) -> dict[int, Any]:
     """The values of all numbers, from those that are given."""
     known = dict(values)
+    context = jax.make_jaxpr(jnp.negative)(0.0).eqns[0].ctx  # that of this place
     for equation in equations:
-        results = equation.evaluate(_read(equation.inputs, known))
+        results = equation.evaluate(_read(equation.inputs, known), context)
         known.update(zip(equation.outputs, results, strict=True))
     return known
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._linear_maps import (
@@ -112,7 +113,10 @@ class _Forward:
             name: params[name] if name in params else jnp.zeros(shape, dtype)
             for name, shape in self.shapes
         }
-        output = self.module.apply({"params": given}, inputs)
+        try:
+            output = self.module.apply({"params": given}, inputs)
+        except FlaxError as error:  # inputs of another shape
+            raise ValueError(str(error)) from error
         assert isinstance(output, jax.Array)
         return output
 

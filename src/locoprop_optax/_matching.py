@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.errors import FlaxError
 
 from locoprop_optax._intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._layers import (
@@ -126,7 +125,7 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
     shapes = {name: p.shape for name, p in params.items()}
     try:
         fits = jax.eval_shape(forward, dict(params), layer.inputs).shape
-    except (TypeError, ValueError, FlaxError):
+    except (TypeError, ValueError):
         refuse("the shape of its inputs", layer.inputs.shape, f"one for {shapes}")
     else:
         if fits != shape:

@@ -212,26 +212,19 @@ def scale_by_locoprop(
 
 def _check_parts(loss: Any, target: Any, regularizer: Any, solver: Any) -> None:
     """Raises a TypeError for a part that is something else."""
-
-    def check(is_one, name, found, example):
-        if not is_one:
-            raise TypeError(
-                f"{name}= must be what a function such as locoprop_optax.{example} "
-                f"returns, got {getattr(found, '__name__', repr(found))}."
-            )
-
     try:
         is_loss = hasattr(loss(IDENTITY), "gradient")
     except (TypeError, AttributeError):
         is_loss = False
-    check(is_loss, "loss", loss, "losses.matching_loss()")
-    check(
-        isinstance(target, targets.Target), "target", target, "targets.normalized(0.05)"
-    )
-    check(
-        hasattr(regularizer, "gradient"),
-        "regularizer",
-        regularizer,
-        "regularizers.none()",
-    )
-    check(isinstance(solver, solvers.Solver), "solver", solver, "solvers.exact()")
+    is_regularizer = hasattr(regularizer, "gradient")
+    for name, part, fits, example in (
+        ("loss", loss, is_loss, "losses.matching_loss()"),
+        ("target", target, isinstance(target, targets.Target), "targets.normalized(γ)"),
+        ("regularizer", regularizer, is_regularizer, "regularizers.none()"),
+        ("solver", solver, isinstance(solver, solvers.Solver), "solvers.exact()"),
+    ):
+        if not fits:
+            raise TypeError(
+                f"{name}= must be what a function such as locoprop_optax.{example} "
+                f"returns, got {getattr(part, '__name__', repr(part))}."
+            )

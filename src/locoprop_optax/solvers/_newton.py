@@ -63,7 +63,9 @@ def majorized_newton(
 
     Returns:
       The solver. Biases are solved for as one more row of the kernel, with an input
-      of ones. A regularizer adds its own curvature to the Hessian.
+      of ones. A regularizer adds its own curvature to the Hessian. Where rounding
+      leaves that not definite, the damping is raised tenfold until it is; how often
+      is `optax.tree.get(state, "raised_damping")`.
 
     Raises:
       TypeError: if `num_steps` is no Python int.
