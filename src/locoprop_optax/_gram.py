@@ -71,6 +71,15 @@ class Gram(NamedTuple):
             inner, eliminated, bound * self.rows + diagonal - row @ eliminated
         )
 
+    def inverse_above(self, bound: Any, diagonal: Float[Array, "g 1 1"]) -> Inverse:
+        """The inverse of the multiple of the identity that lies above, the trace."""
+        size = self.inner.shape[-1] + (self.sums is not None)
+        above = bound * size * self.mean_eigenvalue() + diagonal
+        inner = jnp.eye(self.inner.shape[-1], dtype=self.inner.dtype) / above
+        if self.sums is None:
+            return Inverse(inner, None, None)
+        return Inverse(inner, jnp.zeros_like(self.sums), above)
+
 
 class Inverse(NamedTuple):
     r"""The inverse of a symmetric matrix, by its parts.
@@ -93,7 +102,7 @@ class Inverse(NamedTuple):
         found = [jnp.diagonal(self.inner, axis1=-2, axis2=-1)]
         if self.complement is not None:
             found.append(1 / self.complement)
-        within = [jnp.all((f > 0) & (f * jnp.max(least) <= 1)) for f in found]
+        within = [jnp.all((f > 0) & (f * least <= 1)) for f in found]
         return jnp.all(jnp.stack(within)) & jnp.all(jnp.isfinite(self.inner))
 
     @in_full_precision

@@ -30,8 +30,6 @@ from locoprop_optax._layers import (
 from locoprop_optax._local_problem import SQUARED_LOSS, LocalProblem
 from locoprop_optax.solvers._solver import Solver
 
-_MOST_TRIES = 10
-
 
 def majorized_newton(
     num_steps: int = 2, damping: ScalarOrSchedule = 0.1, *, ema: float = 0.0
@@ -64,8 +62,8 @@ def majorized_newton(
     Returns:
       The solver. Biases are solved for as one more row of the kernel, with an input
       of ones. A regularizer adds its own curvature to the Hessian. Where rounding
-      leaves that not definite, the damping is raised tenfold until it is; how often
-      is `optax.tree.get(state, "raised_damping")`.
+      leaves that not definite, the trace of the curvature stands for it, so that the
+      steps still descend; how often is `optax.tree.get(state, "raised_damping")`.
 
     Raises:
       TypeError: if `num_steps` is no Python int.
@@ -195,7 +193,8 @@ class MajorizedNewtonState(NamedTuple):
 
     Attributes:
       curvature: the averaged curvature of each layer; () without `ema`.
-      raised_damping: how often an inverse needed more damping than was asked for.
+      raised_damping: how often rounding spoiled an inverse, so that the trace of the
+        curvature stood for it.
     """
 
     curvature: Any
@@ -208,7 +207,7 @@ class _Factor(NamedTuple):
     Attributes:
       inverse: the damped curvature, inverted.
       strength: what of its diagonal is damping.
-      raised: whether that is more than was asked for.
+      raised: whether the trace stands for the curvature.
     """
 
     inverse: Inverse
@@ -251,35 +250,19 @@ def _curvature(problem: LocalProblem, gram: Gram) -> tuple[Gram, Array, Array]:
 def _factorize(curvature: tuple[Gram, Array, Array], *, damping: Any) -> _Factor:
     """Damps and inverts what bounds a layer's Hessian.
 
-    Where rounding leaves nothing definite, damping is raised tenfold until it does.
+    Where rounding leaves nothing definite, the damping is raised to the trace.
     """
     gram, bound, penalty = curvature
     mean_eigenvalue = gram.mean_eigenvalue()
     # Without any input there is nothing to solve; the identity keeps the step at zero.
     empty = (mean_eigenvalue == 0) & (penalty == 0)
-    scale = bound * mean_eigenvalue
-    least = jnp.finfo(scale.dtype).eps * scale
-
-    def strength(tries):
-        asked = damping * scale
-        raised = 10.0**tries * jnp.maximum(asked, least)
-        return jnp.where(tries == 0, asked, raised).astype(scale.dtype)
-
-    def attempt(state):
-        _, tries = state
-        diagonal = strength(tries) + penalty + empty
-        return gram.inverse(bound, diagonal), tries + 1
-
-    def fails(state):
-        inverse, tries = state
-        again = jnp.all(jnp.isfinite(scale)) & (tries < _MOST_TRIES)
-        return (tries == 0) | (again & ~inverse.is_definite(least))
-
-    first = jnp.zeros((), jnp.int32)
-    shapes, _ = jax.eval_shape(attempt, (None, first))
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    inverse, tries = jax.lax.while_loop(fails, attempt, (nothing, first))
-    return _Factor(inverse, strength(tries - 1), tries > 1)
+    strength = damping * bound * mean_eigenvalue
+    diagonal = strength + penalty + empty
+    found, above = gram.inverse(bound, diagonal), gram.inverse_above(bound, diagonal)
+    least = jnp.finfo(gram.inner.dtype).eps * bound * jnp.max(mean_eigenvalue)
+    definite = found.is_definite(least)
+    chosen = jax.tree.map(lambda f, a: jnp.where(definite, f, a), found, above)
+    return _Factor(chosen, strength, ~definite & jnp.isfinite(least))
 
 
 def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerParams:
