@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.autoencoder --output out
 
-## The whole suite, doctests included.
+## The suite, doctests included; `pytest -m slow` runs whole commands of benchmarks.
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto
 

@@ -15,7 +15,13 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+FURTHER = ("resnet_nnx", "transformer_linen", "gan")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in FURTHER else n for n in SCRIPTS],
+)
 def test_example(name, capsys):
     main = importlib.import_module(f"examples.{name}").main
     outcomes = main(["--steps=12", "--batch-size=16", f"--width={SCRIPTS[name]}"])

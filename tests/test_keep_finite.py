@@ -88,7 +88,7 @@ def test_a_bad_number_in_a_batch_skips_the_step(name, part, bad):
 def test_degenerate_inputs_train_on(name, inputs):
     step, params, state, (x, y) = stepper(name)
     batch, losses = (inputs(x), y), []
-    for _ in range(5):
+    for _ in range(15):
         params, state, loss = step(params, state, batch)
         losses.append(float(loss))
         assert_finite(params)

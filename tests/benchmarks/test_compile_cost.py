@@ -3,6 +3,7 @@ import pytest
 from benchmarks import compile_cost, report
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
     options = ["--depth", "1", "--width", "8", "--batch", "16"]
     compile_cost.main([*options, "--output", str(tmp_path)])

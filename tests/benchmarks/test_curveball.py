@@ -79,6 +79,7 @@ def test_cells():
     assert curveball_problems.cell([5000, 5000]) == "none solved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_small_minibatch_run(normalized, tmp_path):
     rng = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def test_a_folder_without_the_text(tmp_path):
         transformer.main(["--data-dir", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_variants_of_the_ablation_differ(tmp_path):
     names = ["locoprop()", "no momentum", "locoprop_momentum()", "none, rate 1"]
     size = ["--train-size", "40", "--batch-size", "20", "--width", "0.01"]

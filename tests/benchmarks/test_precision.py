@@ -1,9 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import report
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path):
     """In a process of its own, whose products round."""
     options = ["--width", "0.02", "--train-size", "2000", "--epochs", "2"]

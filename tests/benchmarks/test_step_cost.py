@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in step_cost.VARIANTS if v != "muon"])
 def test_no_more_operations_than_counted_by_hand(variant):
     by_hand = operations.operations(variant, WIDTHS, BATCH, STEPS)
@@ -68,6 +69,7 @@ def test_inverse_operations():
     assert operations.inverse_operations(128) == 8 * 64**3 + 4 * 64**3
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
     options = ["--repeats", "1", "--width", "0.05", "--batch", "20"]
     step_cost.main([*options, "--steps", "2", "--no-growth", "--output", str(tmp_path)])
