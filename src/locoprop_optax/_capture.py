@@ -251,8 +251,7 @@ def plan(
         trace shows.
 
     Raises:
-      ValueError: if there is nothing to capture, a pattern fits no layer, or a
-        layer's records would not be whole.
+      ValueError: if a pattern fits no layer, or a layer's records would not be whole.
     """
     layers = layers_of(params)
     names = [split_key_path(k) for k, _ in jax.tree.leaves_with_path(params)]
@@ -260,13 +259,6 @@ def plan(
     sightings: dict[str, list[Sighting]] = {}
     for sighting in survey(closed, kernels, list(known_transfers().values())):
         sightings.setdefault(sighting.layer, []).append(sighting)
-    if anchored and not sightings:
-        raise ValueError(
-            "The loss calls no layer that can be captured: none of "
-            f"{', '.join(map(repr, sorted(anchored)))} is of a known kind that owns a "
-            "kernel. Use another optimizer, or register your linear layers with "
-            "register_linear of locoprop_optax.linen or nnx."
-        )
     for pattern in transfers:
         if not any(matches(pattern, path) for path in sightings):
             raise ValueError(
