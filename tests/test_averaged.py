@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import regression
+from tests.helpers import regression, train_step
 
 SHARDS, OPTIMIZERS = (
     4,
@@ -22,16 +22,6 @@ SHARDS, OPTIMIZERS = (
         "locoprop_m": (partial(loco.locoprop_m, 1e-3, num_local_steps=3), False),
     },
 )
-
-
-def stepper(loss_fn, tx, curvature):
-    def step(params, state, batch):
-        capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
-        loss, grads, intermediates = capture(params, batch)
-        updates, state = tx.update(grads, state, params, intermediates=intermediates)
-        return optax.apply_updates(params, updates), state, loss
-
-    return step
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
@@ -49,14 +39,14 @@ def sharded(step, mesh):
 def test_the_step_is_the_mean_of_the_shards_own(name, mesh):
     make, curvature = OPTIMIZERS[name]
     loss_fn, params, batch = regression(batch=16)
-    alone = jax.jit(stepper(loss_fn, make(), curvature))
+    alone = jax.jit(train_step(loss_fn, make(), curvature))
     state = make().init(params)
     parts = zip(*(jnp.split(array, SHARDS) for array in batch), strict=True)
     reached = [alone(params, state, part) for part in parts]
     mean = jax.tree.map(
         lambda *leaves: np.mean(leaves, axis=0).astype(leaves[0].dtype), *reached
     )
-    step = sharded(stepper(loss_fn, loco.averaged(make(), "data"), curvature), mesh)
+    step = sharded(train_step(loss_fn, loco.averaged(make(), "data"), curvature), mesh)
     batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     moved, new_state, _ = step(params, state, batch)
     chex.assert_trees_all_close(moved, mean[0], rtol=1e-4, atol=1e-5)
@@ -69,7 +59,7 @@ def test_numbers_are_reduced_once(mesh):
     loss_fn, params, batch = regression(batch=16)
     tx = loco.averaged(loco.locoprop_m(1e-3), "data")
     batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    step = sharded(stepper(loss_fn, tx, False), mesh)
+    step = sharded(train_step(loss_fn, tx, False), mesh)
     program = step.lower(params, tx.init(params), batch).compile().as_text()
     reductions = re.findall(r"= (.*) all-reduce(?:-start)?\(", program)
     assert sum("f32" in reduced for reduced in reductions) == 1
@@ -82,7 +72,7 @@ def test_counters_of_shards_agree(mesh):
     tx = loco.averaged(loco.locoprop_momentum(), "data")
     broken = (x.at[5, 0].set(jnp.nan), y)
     broken = jax.device_put(broken, NamedSharding(mesh, PartitionSpec("data")))
-    step = sharded(stepper(loss_fn, tx, False), mesh)
+    step = sharded(train_step(loss_fn, tx, False), mesh)
     moved, state, _ = step(params, tx.init(params), broken)
     chex.assert_tree_all_finite(moved)
     skipped = optax.tree.get(state, "skipped_steps")

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, regression
+from tests.helpers import MLP, regression, train_step
 
 OPTIMIZERS = {
     "locoprop": (loco.locoprop, True),
@@ -35,14 +35,7 @@ def stepper(name, rows=8, model=None):
     make, curvature = OPTIMIZERS[name]
     loss_fn, params, batch = regression(model or Normed(), batch=rows)
     tx = make()
-
-    @jax.jit
-    def step(params, state, batch):
-        capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
-        loss, grads, intermediates = capture(params, batch)
-        updates, state = tx.update(grads, state, params, intermediates=intermediates)
-        return optax.apply_updates(params, updates), state, loss
-
+    step = jax.jit(train_step(loss_fn, tx, curvature))
     return step, params, tx.init(params), batch
 
 

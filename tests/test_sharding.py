@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import MLP, counted, regression
+from tests.helpers import MLP, counted, regression, train_step
 
 DEVICES = 8
 MESHES = [AxisType.Auto, AxisType.Explicit]
@@ -46,14 +46,7 @@ def stepper(loss_fn, optimizer):
     """An optimizer, and a training step with it."""
     make, curvature = optimizer
     tx = make()
-
-    def step(params, state, batch):
-        capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
-        loss, grads, intermediates = capture(params, batch)
-        updates, state = tx.update(grads, state, params, intermediates=intermediates)
-        return optax.apply_updates(params, updates), state, loss
-
-    return tx, step
+    return tx, train_step(loss_fn, tx, curvature)
 
 
 def train(loss_fn, params, batch, optimizer, *, steps=20):
