@@ -31,18 +31,23 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "size"), [(transformer, TEXT), (cnn, DIGITS)], ids=["transformer", "cnn"]
+    ("module", "size"),
+    [
+        pytest.param(transformer, TEXT, id="transformer"),
+        pytest.param(cnn, DIGITS, id="cnn", marks=pytest.mark.slow),
+    ],
 )
 def test_the_whole_command_with_what_was_tuned(module, size, folder):
-    name = module.BENCHMARK.name
+    name, optimizers = module.BENCHMARK.name, ["adamw", "locoprop_and_adamw"]
     where = ["--data-dir", str(folder), "--output", str(folder), *size]
     trial = ["--trials", "1", "--steps", "3", "--batch-size", "4"]
     tune.main([name, *where, *trial, "--optimizers", "adamw"])
     tuned = folder / f"tuned_{name}.json"
     chosen = json.loads(tuned.read_text())
-    module.main([*where, *LENGTH, "--settings", str(tuned)])
+    length = [*LENGTH, "--optimizers", *optimizers]
+    module.main([*where, *length, "--settings", str(tuned)])
     results = report.read_results(folder / f"{name}.jsonl")
-    assert [r["optimizer"] for r in results] == list(module.BENCHMARK.default)
+    assert [r["optimizer"] for r in results] == optimizers
     for result in results:
         assert "error" not in result
         assert [point["steps"] for point in result["curve"]] == [0, 3, 6]
