@@ -78,6 +78,12 @@ EQUAL = {
         optax.partition({True: BLOCK, False: optax.set_to_zero()}, mask("second")),
         only("second"),
     ),
+    "partition of whole layers": (
+        optax.partition(
+            {True: BLOCK, False: optax.set_to_zero()}, {"first": False, "second": True}
+        ),
+        only("second"),
+    ),
     "multi_transform": (
         optax.multi_transform(
             {True: BLOCK, False: optax.set_to_zero()}, mask("second")

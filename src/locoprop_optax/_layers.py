@@ -91,6 +91,13 @@ def layers_of(tree: Any, like: Any = None) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def is_hidden(path: str, layers: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a `MaskedNode` stands for a layer as a whole, or for what it is in."""
+    keys = path.split("/")
+    above = (("/".join(keys[:i]), key) for i, key in enumerate(keys))
+    return any(is_masked(layers.get(parent, {}).get(key)) for parent, key in above)
+
+
 def anchor(leaves: Mapping[str, Any]) -> str:
     """The parameter that stands for a layer: its kernel, or else its largest."""
     if "kernel" in leaves:

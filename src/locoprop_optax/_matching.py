@@ -9,6 +9,7 @@ from locoprop_optax._intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._layers import (
     LayerParams,
     LayerSelection,
+    is_hidden,
     is_masked,
     layers_of,
     visible,
@@ -60,7 +61,8 @@ def match_layers(
         )
     everything = layers_of(params)
     for path in intermediates.layers:
-        _check_known(path, everything, selection)
+        if not is_hidden(path, everything):
+            _check_known(path, everything, selection)
     local = visible(layers_of(selection.mask(params)))
     for path, layer_params in local.items():
         if path not in intermediates.layers:
