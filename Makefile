@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs notebooks lint format clean
 
 ## The main job: the deep autoencoder on generated curves, three optimizers.
 demo: $(VENV)/installed
@@ -11,6 +11,15 @@ demo: $(VENV)/installed
 ## The suite, doctests included; `pytest -m slow` runs whole commands of benchmarks.
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto
+
+## The documentation site, in site/; a warning or a dead link is an error.
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+## All notebooks anew, outputs included: about ten minutes on 2 cores.
+notebooks: $(VENV)/installed
+	$(BIN)/python -m notebooks.execute
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -28,4 +37,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out site dist

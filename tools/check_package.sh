@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds the wheel and the sdist, installs each into clean environments with the oldest
+# and with the newest dependencies that it allows, and runs the first page of the docs.
+#
+#   tools/check_package.sh python3.11 python3.12 python3.13
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python3 -m venv "$work/tools"
+"$work/tools/bin/pip" install --quiet --disable-pip-version-check build uv
+"$work/tools/bin/python" -m build --outdir "$work/dist" . >"$work/build.log" \
+  || { cat "$work/build.log"; exit 1; }
+sed -n '/^```python/,/^```/{/^```/!p}' docs/getting_started.md >"$work/page.py"
+for python in "$@"; do
+  for package in "$work"/dist/*; do
+    for resolution in lowest-direct highest; do
+      "$work/tools/bin/uv" venv --quiet --clear --python "$python" "$work/env"
+      VIRTUAL_ENV="$work/env" "$work/tools/bin/uv" pip install --quiet \
+        --resolution "$resolution" "$package"
+      (cd "$work" && env/bin/python page.py >/dev/null)
+      echo "$python, $(basename "$package"), $resolution:" \
+        "$("$work/tools/bin/uv" pip list --quiet --python "$work/env/bin/python" |
+          awk '/^(jax|jaxlib|flax|optax|chex|jaxtyping) /{printf " %s %s", $1, $2}')"
+    done
+  done
+done
