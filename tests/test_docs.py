@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
+import jax
 import matplotlib as mpl
+import optax
 import pytest
 
+from tests.helpers import regression
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 RUN_ELSEWHERE = {"errors.md", "recovered.md"}
 
@@ -19,6 +24,17 @@ def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     names = {"__name__": "__docs__"}
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(code, str(page), "exec"), names)
+
+
+def test_the_step_of_the_readme_trains():
+    loss_fn, params, batch = regression()
+    names = {"jax": jax, "optax": optax, "loss_fn": loss_fn, "params": params}
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, names)
+    state = names["opt_state"]
+    for _ in range(3):
+        params, state, loss = names["train_step"](params, state, batch)
+    assert loss < loss_fn(names["params"], batch)
 
 
 def test_the_tests_that_promises_name_are_there():
