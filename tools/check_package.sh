@@ -9,19 +9,20 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet --disable-pip-version-check build uv
-"$work/tools/bin/python" -m build --outdir "$work/dist" . >"$work/build.log" \
+PATH="$work/tools/bin:$PATH"
+python -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 \
   || { cat "$work/build.log"; exit 1; }
 sed -n '/^```python/,/^```/{/^```/!p}' docs/getting_started.md >"$work/page.py"
 for python in "$@"; do
   for package in "$work"/dist/*; do
     for resolution in lowest-direct highest; do
-      "$work/tools/bin/uv" venv --quiet --clear --python "$python" "$work/env"
-      VIRTUAL_ENV="$work/env" "$work/tools/bin/uv" pip install --quiet \
-        --resolution "$resolution" "$package"
+      uv venv --quiet --clear --python "$python" "$work/env"
+      export VIRTUAL_ENV="$work/env"
+      uv pip install --quiet --resolution "$resolution" --requirement pyproject.toml
+      uv pip install --quiet --no-deps "$package"
       (cd "$work" && env/bin/python page.py >/dev/null)
       echo "$python, $(basename "$package"), $resolution:" \
-        "$("$work/tools/bin/uv" pip list --quiet --python "$work/env/bin/python" |
-          awk '/^(jax|jaxlib|flax|optax|chex|jaxtyping) /{printf " %s %s", $1, $2}')"
+        "$(uv pip list --quiet | awk '/^(jax|jaxlib|flax|optax|chex|jaxtyping) /{printf "%s %s ", $1, $2}')"
     done
   done
 done

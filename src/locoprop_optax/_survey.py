@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from locoprop_optax._graph import Equation, Graph, bodies_of, tap_p
+from locoprop_optax._graph import Equation, Graph, bodies_of, body_of, tap_p
 from locoprop_optax._transfer_detection import Finding, find_transfer
 from locoprop_optax._transfers import Transfer
 
@@ -103,15 +103,19 @@ def _sightings(
 
 def _trouble_in(wrap: Equation, probe: set[int]) -> str | None:
     """Why a probe would not survive inside an equation; None if it would."""
-    name, params = wrap.primitive.name, wrap.params
+    name, body = wrap.primitive.name, body_of(wrap.params)
     if name == "cond":
         return None
-    if name == "scan":
-        whole = params["num_consts"] + params["num_carry"]
-        sliced = all(at >= whole for at in probe)
+    if name == "scan" and body is not None:
+        given, taken = map(_ranks, (wrap.source.invars, body.jaxpr.invars))
+        sliced = all(given[at] > taken[at] for at in probe)
         return None if sliced else _BROADCAST.format("the turns of a scan")
     if name == "shard_map":
         return _SHARDED
     if name.startswith("custom_"):
         return "a custom derivative rule around it hides it"
     return f"it is called inside a {name}, which keeps no record of each turn"
+
+
+def _ranks(atoms: Sequence[Any]) -> list[int]:
+    return [atom.aval.ndim for atom in atoms]
