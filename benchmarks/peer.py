@@ -98,7 +98,8 @@ def launch(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "start.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        given: dict[str, Any] = dict(arrays)
+        np.savez(folder / "start.npz", **given)
         command = [python, FOLDER / f"{script}.py", "--input", folder / "start.npz"]
         command += ["--settings", json.dumps(dict(settings))]
         pipe, log = subprocess.PIPE, folder / "log"

@@ -112,8 +112,8 @@ class Grouped(Generic[T]):
 
     def unzip(self) -> tuple[Grouped[Any], ...]:
         """Parts values that are tuples into one `Grouped` for each element."""
-        parts = zip(*self._values, strict=True)  # pyright: ignore
-        return tuple(map(self._with, parts))
+        values: tuple[Any, ...] = self._values
+        return tuple(map(self._with, zip(*values, strict=True)))
 
     def stacks(self) -> list[str]:
         """The layers that are stacks of layers, in one array each."""

@@ -207,8 +207,8 @@ def model_and_loss(
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
     def run(params):
-        copy = nnx.merge(graphdef, params, rest, copy=True)
-        outputs = copy(*inputs, **options)  # pyright: ignore[reportCallIssue]
+        copy: Any = nnx.merge(graphdef, params, rest, copy=True)
+        outputs = copy(*inputs, **options)
         return outputs, nnx.state(copy, nnx.Not(nnx.Param))
 
     return ModelAndLoss(

@@ -99,7 +99,8 @@ def first_order(
     def optimizer_at(count, decay) -> tuple[optax.GradientTransformation, Any]:
         if isinstance(optimizer, optax.GradientTransformation):
             return optimizer, decay
-        return optimizer(decay * at(learning_rate, count)), 1.0  # pyright: ignore
+        assert learning_rate is not None
+        return optimizer(decay * at(learning_rate, count)), 1.0
 
     def init(params):
         now, _ = optimizer_at(jnp.zeros((), jnp.int32), 1.0)
