@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -57,9 +58,22 @@ KEYS = {"epoch": "epoch", "step": "steps"}  # of points
 
 
 def by_optimizer(results: Results) -> dict[str, Results]:
-    """The results of all seeds, by optimizer."""
+    """The results of all seeds, by optimizer, in the order of their training losses."""
     names = dict.fromkeys(result["optimizer"] for result in results)
-    return {n: [r for r in results if r["optimizer"] == n] for n in names}
+    groups = {n: [r for r in results if r["optimizer"] == n] for n in names}
+
+    def last_loss(name):
+        runs = groups[name]
+        if any("error" in run for run in runs):
+            return np.inf
+        return np.mean([last(run)["train_loss"] for run in runs])
+
+    return {name: groups[name] for name in sorted(groups, key=last_loss)}
+
+
+def last(run: dict[str, Any]) -> dict[str, float]:
+    """The last point of a run's curve."""
+    return run["curve"][-1]
 
 
 def label(name: str) -> str:
@@ -93,14 +107,14 @@ def rows(results: Results) -> list[tuple[str, ...]]:
             failed = f"{len(errors)} of {len(runs)} failed: {errors[0]}"
             table.append((label(name), failed, *[""] * (len(COLUMNS) - 1)))
             continue
-        last, step = [run["curve"][-1] for run in runs], step_seconds(name)
+        ends, step = [last(run) for run in runs], step_seconds(name)
         table.append(
             (
                 label(name),
-                _mean_and_range([point["train_loss"] for point in last], digits),
-                _mean_and_range([point["test_loss"] for point in last], digits),
-                str(last[0]["steps"]),
-                _shown(_median([r["curve"][-1]["seconds"] for r in timed(runs)]), 1),
+                _mean_and_range([point["train_loss"] for point in ends], digits),
+                _mean_and_range([point["test_loss"] for point in ends], digits),
+                str(ends[0]["steps"]),
+                _shown(_median([last(run)["seconds"] for run in timed(runs)]), 1),
                 _shown(step, 3),
                 _shown(step / adam, 2),
             )
@@ -153,7 +167,7 @@ def milestones(results: Results) -> str:
     unit = unit_of(results)
     total = max(point[KEYS[unit]] for r in results for point in r["curve"])
     counts = sorted({max(1, round(total * share)) for share in (0.1, 0.25, 0.5, 1.0)})
-    ends = [r["curve"][-1]["seconds"] for g in groups.values() for r in timed(g)]
+    ends = [last(run)["seconds"] for g in groups.values() for run in timed(g)]
     shares = (0.25, 0.5, 1.0) if ends else ()
     seconds = [float(f"{np.median(ends) * share:.1g}") for share in shares]
     digits = 1 if _are_large(results) else 3
@@ -194,7 +208,7 @@ def plot_curves(results: Results, path: Path) -> None:
     begun = [result for result in results if result["curve"]]
     groups = by_optimizer(begun)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
-        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+        figure = Figure(figsize=(9.5, 4.0), layout="constrained")
         unit, few = unit_of(results), len(groups) < 6
         keys = [KEYS[unit], *(["seconds"] if timed(begun) else [])]
         panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
@@ -213,14 +227,21 @@ def plot_curves(results: Results, path: Path) -> None:
                 style = {"color": f"C{i % 10}"}
                 dashes = "-" if i < 10 else "--"
                 train, test = mean("train_loss"), mean("test_loss")
-                axes.plot(mean(key), train, dashes, label=label(name), **style)
+                named = {"label": label(name)} if axes is left else {}
+                axes.plot(mean(key), train, dashes, **style, **named)
                 if few:
                     axes.plot(mean(key), test, ":", alpha=0.8, **style)
             axes.set_xlabel(f"{unit}s" if axes is left else "seconds of training")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
             axes.grid(alpha=0.3, which="both")
         left.set_ylabel("loss (dotted: test)" if few else "training loss")
-        left.legend(frameon=False, fontsize=8 if few else 5)
+        left.set_ylim(top=1.1 * max(run["curve"][0]["train_loss"] for run in begun))
+        if few:
+            left.legend(frameon=False, fontsize=8)
+        else:
+            figure.legend(loc="outside right center", frameon=False, fontsize=8)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"{title(results)}; {where}", fontsize=10)

@@ -55,6 +55,16 @@ def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
     assert table[3].split(" | ")[1:7] == [f"{loss}.000" for loss in (8, 7, 5, 9, 7, 5)]
 
 
+def test_contestants_stand_in_the_order_of_their_losses_and_failures_last():
+    def run(name, *losses, **more):
+        curve = [{"train_loss": loss} for loss in losses]
+        return {"optimizer": name, "curve": curve, **more}
+
+    runs = [run("sgd", 9.0, 3.0), run("muon", error="no"), run("adam", 9.0, 2.0)]
+    runs.append(run("sgd", 9.0, 5.0))
+    assert list(report.by_optimizer(runs)) == ["adam", "sgd", "muon"]
+
+
 def test_an_adam_that_failed_leaves_the_others_without_a_ratio():
     point = {"train_loss": 1.0, "test_loss": 2.0, "steps": 3, "seconds": 4.0}
     done = {"optimizer": "sgd", "median_step_seconds": 0.5, "curve": [point]}
