@@ -1,7 +1,7 @@
 """What each part of LocoProp adds on the deep autoencoder.
 
 `locoprop()` and `locoprop_momentum()`, and both with one part changed at a time.
-Nothing is tuned.
+Nothing is tuned; Adam is there for the times.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,7 @@ def modelled(**changed: Any) -> Contestant:
     def make(steps: int) -> optax.GradientTransformation:
         del steps  # no schedule
         return optax.chain(
-            loco.scale_by_locoprop(
-                target=loco.targets.natural_gradient(1.0, damping=0.5),
-                solver=newton(1, 0.3),
-            ),
+            loco.scale_by_locoprop(target=NATURAL, solver=newton(1, 0.3)),
             loco.scale_by_quadratic_model(
                 **{"damping": 0.0, "damping_decay": 1.0, **changed}
             ),
@@ -50,7 +47,11 @@ def modelled(**changed: Any) -> Contestant:
     return Contestant("", make, {}, needs=CURVATURE | {"functions"})
 
 
-def scheduled(learning_rate: float = 0.1, **changed: Any) -> Contestant:
+def scheduled(
+    learning_rate: float = 0.1,
+    needs: frozenset[str] = INTERMEDIATES,
+    **changed: Any,
+) -> Contestant:
     """`locoprop_momentum()` behind the schedule, something in it changed."""
 
     def make(steps: int) -> optax.GradientTransformation:
@@ -58,7 +59,7 @@ def scheduled(learning_rate: float = 0.1, **changed: Any) -> Contestant:
             warmup_then_linear(learning_rate, steps), **changed
         )
 
-    return Contestant("", make, {}, needs=INTERMEDIATES)
+    return Contestant("", make, {}, needs=needs)
 
 
 def newton(num_steps: int, damping: float, **options: Any) -> loco.solvers.Solver:
@@ -67,9 +68,12 @@ def newton(num_steps: int, damping: float, **options: Any) -> loco.solvers.Solve
 
 
 SQUARED = loco.losses.squared_loss()
-VARIANTS: dict[str, Contestant] = {
-    "locoprop()": automatic(),
+NATURAL = loco.targets.natural_gradient(1.0, damping=0.5)
+AUTOMATIC = {
     "squared loss": automatic(loss=SQUARED),
+    "squared loss, exact solution": automatic(
+        loss=SQUARED, solver=loco.solvers.exact(0.3)
+    ),
     "two local steps": automatic(solver=newton(2, 0.3)),
     "dampings 0.1": automatic(
         target=loco.targets.natural_gradient(1.0, damping=0.1), solver=newton(1, 0.1)
@@ -78,18 +82,36 @@ VARIANTS: dict[str, Contestant] = {
         target=loco.targets.natural_gradient(1.0, damping=2.0), solver=newton(1, 2.0)
     ),
     "running curvature": automatic(solver=newton(1, 0.3, ema=0.9)),
+    "plain targets": automatic(target=loco.targets.gradient_descent(10.0)),
     "normalized targets": automatic(target=loco.targets.normalized(1.0)),
+    "targets normalized by unit": automatic(
+        target=loco.targets.normalized(1.0, by_unit=True)
+    ),
     "rate that decays": automatic(decays=True),
     "no momentum": modelled(momentum=0.0),
     "λ that adapts": modelled(damping=1.0, damping_decay=0.95),
+    "rate 0.1 and momentum 0.9, no model": scheduled(
+        needs=CURVATURE, target=NATURAL, solver=newton(1, 0.3)
+    ),
+}
+MOMENTUM = {
+    "squared loss": scheduled(loss=SQUARED),
+    "one local step": scheduled(solver=newton(1, 0.1)),
+    "five local steps": scheduled(solver=newton(5, 0.1)),
+    "damping 0.01": scheduled(solver=newton(2, 0.01)),
+    "damping 1": scheduled(solver=newton(2, 1.0)),
+    "γ = 0.2": scheduled(target=loco.targets.normalized(0.2)),
+    "targets normalized by unit": scheduled(
+        target=loco.targets.normalized(0.05, by_unit=True)
+    ),
+    "no momentum, rate 1": scheduled(1.0, momentum=None),
+}
+VARIANTS: dict[str, Contestant] = {
+    "adam": CONTESTANTS["adam"],
+    "locoprop()": automatic(),
+    **{f"locoprop(): {changed}": made for changed, made in AUTOMATIC.items()},
     "locoprop_momentum()": scheduled(),
-    "momentum, squared loss": scheduled(loss=SQUARED),
-    "momentum, one local step": scheduled(solver=newton(1, 0.1)),
-    "momentum, five local steps": scheduled(solver=newton(5, 0.1)),
-    "momentum, damping 0.01": scheduled(solver=newton(2, 0.01)),
-    "momentum, damping 1": scheduled(solver=newton(2, 1.0)),
-    "none, rate 1": scheduled(1.0, momentum=None),
-    "momentum, γ = 0.2": scheduled(target=loco.targets.normalized(0.2)),
+    **{f"locoprop_momentum(): {changed}": made for changed, made in MOMENTUM.items()},
 }
 BENCHMARK = AUTOENCODER._replace(
     name="ablation",
@@ -102,7 +124,7 @@ BENCHMARK = AUTOENCODER._replace(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains all variants, and shows a table and a picture of them."""
-    CONTESTANTS.update({n: c._replace(label=n) for n, c in VARIANTS.items()})
+    CONTESTANTS.update({n: c._replace(label=c.label or n) for n, c in VARIANTS.items()})
     comparison.main(BENCHMARK, arguments)
 
 

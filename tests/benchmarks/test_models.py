@@ -82,7 +82,8 @@ def test_a_folder_without_the_text(tmp_path):
 
 @pytest.mark.slow
 def test_variants_of_the_ablation_differ(tmp_path):
-    names = ["locoprop()", "no momentum", "locoprop_momentum()", "none, rate 1"]
+    one = ["locoprop()", "locoprop(): no momentum"]
+    names = [*one, "locoprop_momentum()", "locoprop_momentum(): one local step"]
     size = ["--train-size", "40", "--batch-size", "20", "--width", "0.01"]
     where = ["--epochs", "2", "--output", str(tmp_path)]
     ablation.main([*size, *where, "--optimizers", *names])
