@@ -1,5 +1,9 @@
 """Models, layers and local problems that several tests use."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,22 @@ from locoprop_optax._local_problem import pose
 
 TRANSFERS = sorted(loco.losses.known_transfers())
 MAIN_TRANSFERS = ["identity", "relu", "sigmoid", "softmax", "tanh"]
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def python_blocks(page):
+    """The Python code in a page of Markdown, block by block."""
+    return re.findall(r"```python\n(.*?)```", page, re.S)
+
+
+def run_blocks(page, **names: Any) -> dict[str, Any]:
+    """What the Python code in a page defines, given names that it may use."""
+    names["__name__"] = "__docs__"
+    for code in python_blocks(page):
+        exec(code, names)
+    return names
 
 
 class MLP(nn.Module):

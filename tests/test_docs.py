@@ -8,11 +8,11 @@ import matplotlib as mpl
 import optax
 import pytest
 
-from tests.helpers import regression
+from tests.helpers import DOCS, python_blocks, regression, run_blocks
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-RUN_ELSEWHERE = {"errors.md", "recovered.md"}
+PAGES = sorted(DOCS.glob("*.md"))
+RUN_ELSEWHERE = {"errors.md", "recovered.md", "your_own.md"}
 
 
 @pytest.mark.parametrize(
@@ -21,16 +21,12 @@ RUN_ELSEWHERE = {"errors.md", "recovered.md"}
 def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     mpl.use("Agg")
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__docs__"}
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
-        exec(compile(code, str(page), "exec"), names)
+    run_blocks(page.read_text())
 
 
 def test_the_step_of_the_readme_trains():
     loss_fn, params, batch = regression()
-    names = {"jax": jax, "optax": optax, "loss_fn": loss_fn, "params": params}
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(code, names)
+    names = run_blocks(README, jax=jax, optax=optax, loss_fn=loss_fn, params=params)
     state = names["opt_state"]
     for _ in range(3):
         params, state, loss = names["train_step"](params, state, batch)
@@ -63,7 +59,7 @@ def test_the_page_of_errors_has_the_likeliest_mistakes():
 )
 def test_a_mistake_gets_the_message_that_the_page_shows(code, message):
     names = {"__name__": "__docs__"}
-    exec(re.search(r"```python\n(.*?)```", ERRORS, re.S)[1], names)
+    exec(python_blocks(ERRORS)[0], names)
     with pytest.raises((TypeError, ValueError)) as caught:
         exec(code, names)
     shown = f"{type(caught.value).__name__}: {caught.value}"

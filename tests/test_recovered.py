@@ -12,12 +12,20 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, random_layer, regression, solved, train_step
+from tests.helpers import (
+    DOCS,
+    MLP,
+    random_layer,
+    regression,
+    run_blocks,
+    solved,
+    train_step,
+)
 from tests.test_identities import as_matrix, augmented
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-PAGE = (Path(__file__).parents[1] / "docs" / "recovered.md").read_text()
+PAGE = (DOCS / "recovered.md").read_text()
 TITLES = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
 GAMMA = 0.5
 
@@ -25,10 +33,7 @@ GAMMA = 0.5
 def block(title):
     """What the code under a heading of the page defines."""
     (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    names = {"loco": loco, "optax": optax, "dataclasses": dataclasses}
-    for code in re.findall(r"```python\n(.*?)```", section, re.S):
-        exec(code, names)
-    return names
+    return run_blocks(section, loco=loco, optax=optax, dataclasses=dataclasses)
 
 
 @pytest.fixture(params=["relu", "tanh", "sigmoid"])
