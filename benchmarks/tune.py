@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.optimizers:
             study = optuna.create_study(
                 storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
-                study_name=name,
+                study_name=f"{name}, {options.steps} steps",
                 sampler=optuna.samplers.TPESampler(n_startup_trials=4, seed=0),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
                 load_if_exists=True,

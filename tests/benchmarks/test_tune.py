@@ -57,7 +57,7 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     tune.main(["autoencoder", *options, "--trials", "2"])
     tune.main(["autoencoder", *options, "--trials", "3"])
     storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
-    study = optuna.load_study(study_name="sgd", storage=storage)
+    study = optuna.load_study(study_name="sgd, 4 steps", storage=storage)
     assert len(study.trials) == 3
     assert study.trials[0].params == {"learning_rate": 1e-3}
     chosen = json.loads((tmp_path / "tuned_autoencoder_curves.json").read_text())
@@ -80,11 +80,27 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert "2 seeds" in capsys.readouterr().out
 
 
+def test_trials_of_other_lengths_are_not_compared(tmp_path):
+    options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
+    tune.main(["autoencoder", *options, "--trials", "1"])
+    tune.main(["autoencoder", *options, "--trials", "2", "--steps", "8"])
+    storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
+    found = json.loads((tmp_path / "tuned_autoencoder_curves.json").read_text())["sgd"]
+    studies = {
+        study.study_name: study for study in optuna.get_all_study_summaries(storage)
+    }
+    assert {n: s.n_trials for n, s in studies.items()} == {
+        "sgd, 4 steps": 1,
+        "sgd, 8 steps": 2,
+    }
+    assert found["train_loss"] == studies["sgd, 8 steps"].best_trial.value
+
+
 def test_trials_behind_the_median_end_early(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "8"])
     storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
-    trials = optuna.load_study(study_name="sgd", storage=storage).trials
+    trials = optuna.load_study(study_name="sgd, 4 steps", storage=storage).trials
     states = [trial.state.name for trial in trials]
     assert set(states) == {"COMPLETE", "PRUNED"}
     ended = trials[states.index("PRUNED")]
