@@ -71,9 +71,6 @@ SQUARED = loco.losses.squared_loss()
 NATURAL = loco.targets.natural_gradient(1.0, damping=0.5)
 AUTOMATIC = {
     "squared loss": automatic(loss=SQUARED),
-    "squared loss, exact solution": automatic(
-        loss=SQUARED, solver=loco.solvers.exact(0.3)
-    ),
     "two local steps": automatic(solver=newton(2, 0.3)),
     "dampings 0.1": automatic(
         target=loco.targets.natural_gradient(1.0, damping=0.1), solver=newton(1, 0.1)

@@ -241,7 +241,7 @@ def plot_curves(results: Results, path: Path) -> None:
         if few:
             left.legend(frameon=False, fontsize=8)
         else:
-            figure.legend(loc="outside right center", frameon=False, fontsize=8)
+            figure.legend(loc="outside right center", frameon=False, fontsize=7)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"{title(results)}; {where}", fontsize=10)
