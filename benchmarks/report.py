@@ -225,7 +225,7 @@ def plot_curves(results: Results, path: Path) -> None:
                     return np.mean(curves, axis=0)
 
                 style = {"color": f"C{i % 10}"}
-                dashes = "-" if i < 10 else "--"
+                dashes = ("-", "--", ":")[i // 10 % 3]
                 train, test = mean("train_loss"), mean("test_loss")
                 named = {"label": label(name)} if axes is left else {}
                 axes.plot(mean(key), train, dashes, **style, **named)
