@@ -26,6 +26,7 @@ def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch):
 
 def test_the_step_of_the_readme_trains():
     loss_fn, params, batch = regression()
+    assert len(python_blocks(README)) == 1
     names = run_blocks(README, jax=jax, optax=optax, loss_fn=loss_fn, params=params)
     state = names["opt_state"]
     for _ in range(3):
