@@ -81,6 +81,7 @@ def conjugate_gradient(
         strength = relative * bound * eigenvalue
 
         smallest = 10 * jnp.finfo(jnp.result_type(*problem.params.values())).eps
+        stop_at: Any = jnp.maximum(tolerance, smallest)
 
         def product(step):
             apply = lambda s: problem.linear_map(s, problem.inputs)  # noqa: E731
@@ -98,7 +99,7 @@ def conjugate_gradient(
                 product,
                 {n: d.astype(step[n].dtype) for n, d in damped.items()},
                 maxiter=num_iterations,
-                tol=jnp.maximum(tolerance, smallest),  # pyright: ignore
+                tol=stop_at,
             )
             return optax.tree.add(step, change)
 
