@@ -134,14 +134,12 @@ def _muon(
     steps: int,
     *,
     learning_rate: float,
-    adam_learning_rate: float | None = None,
+    adam_learning_rate: float,
     **settings: Any,
 ) -> optax.GradientTransformation:
-    rates = (learning_rate, adam_learning_rate or learning_rate)
-    muon_rate, adam_rate = (warmup_then_linear(rate, steps) for rate in rates)
     return contrib.muon(
-        muon_rate,
-        adam_learning_rate=adam_rate,
+        warmup_then_linear(learning_rate, steps),
+        adam_learning_rate=warmup_then_linear(adam_learning_rate, steps),
         muon_weight_dimension_numbers=kernels,
         **settings,
     )
@@ -171,7 +169,6 @@ LOCOPROP_MOMENTUM: Space = {
     "num_steps": Choice((1, 2, 3), 2),
     "momentum": MOMENTUM,
 }
-MUON: Space = {"learning_rate": RATE, "beta": MOMENTUM, "adam_b1": MOMENTUM}
 FALLBACK: Space = {"fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)}
 SOAP: Space = {
     "learning_rate": RATE,
@@ -179,7 +176,6 @@ SOAP: Space = {
     "eps": EPS,
 }
 MIXED = (  # for models that are more than layers
-    "muon_and_adam",
     "soap_and_adam",
     "locoprop_and_adamw",
     "locoprop_momentum_and_adamw",
@@ -224,11 +220,15 @@ CONTESTANTS: dict[str, Contestant] = {
         _scheduled(optax.adamw),
         {**BETAS, "weight_decay": Range(1e-6, 1e-2, 1e-4)},
     ),
-    "muon": Contestant("Muon", _muon, MUON),
-    "muon_and_adam": Contestant(
+    "muon": Contestant(
         "Muon, Adam for the rest",
         _muon,
-        {**MUON, "adam_learning_rate": Range(1e-4, 1e-1, 1e-3)},
+        {
+            "learning_rate": Range(1e-5, 1.0, 0.02),
+            "beta": MOMENTUM,
+            "adam_learning_rate": Range(1e-4, 1e-1, 1e-3),
+            "adam_b1": MOMENTUM,
+        },
     ),
     "lbfgs": Contestant(
         "L-BFGS",
