@@ -16,7 +16,12 @@ from benchmarks.networks import described
 from benchmarks.problem import Task
 
 FOLDER = Path(__file__).parent / "peers"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    # While this process computes, the threads of a peer that waits must not spin.
+    "OMP_WAIT_POLICY": "passive",
+}
 
 
 class Peer(NamedTuple):
