@@ -41,8 +41,11 @@ class LinearMap(Protocol):
     """A layer, linear in its parameters; hashable, so that equal layers are found."""
 
     @property
-    def stacks(self) -> bool:
-        """Whether equal layers are solved faster stacked than one by one."""
+    def is_product(self) -> bool:
+        """Whether XLA sees products of matrices alone.
+
+        It runs them as fast in a stack of layers or in a loop, but no convolutions.
+        """
         ...
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
@@ -72,7 +75,7 @@ class Product:
     """
 
     spec: str
-    stacks = True
+    is_product = True
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """Computes the product and adds the bias; what is not given counts as zero."""
@@ -193,7 +196,7 @@ class Channelwise:
     forward: Callable[[LayerParams, Array], Array]
     groups: int = 1
     channel_axis: int = -1
-    stacks = False
+    is_product = False
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The layer's own forward function."""

@@ -169,7 +169,7 @@ def scale_by_locoprop(
                 alone=[
                     path
                     for path, layer in layers.items()
-                    if not (stacked and layer.linear_map.stacks)
+                    if not (stacked and layer.linear_map.is_product)
                 ],
                 mesh_axis=mesh_axis,
             )

@@ -15,7 +15,7 @@ from locoprop_optax._hyperparams import (
 from locoprop_optax._layers import LayerParams
 from locoprop_optax._local_problem import LocalProblem
 from locoprop_optax.solvers._newton import bounds
-from locoprop_optax.solvers._solver import Solver
+from locoprop_optax.solvers._solver import Solver, repeat
 
 
 def conjugate_gradient(
@@ -49,7 +49,8 @@ def conjugate_gradient(
         right-hand side. Default 0: once it is below what rounding leaves of it.
 
     Returns:
-      The solver. A regularizer adds its own curvature to the matrix.
+      The solver. A regularizer adds its own curvature to the matrix. Its
+      iterations are a loop, in which convolutions are slow on a CPU.
 
     Raises:
       TypeError: if a count is no Python int.
@@ -104,11 +105,10 @@ def conjugate_gradient(
             return optax.tree.add(step, change)
 
         def later_step(step, _):
-            return advance(step, problem.gradient(step)), None
+            return advance(step, problem.gradient(step))
 
         first = advance(problem.no_step(), problem.gradient_at_start())
-        step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
-        return step
+        return repeat(later_step, first, range(1, num_steps), problem)
 
     def solve(problems, state, count):
         relative = at(damping, count)

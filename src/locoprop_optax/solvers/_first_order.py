@@ -16,7 +16,7 @@ from locoprop_optax._hyperparams import (
     check_positive,
 )
 from locoprop_optax._local_problem import LocalProblems
-from locoprop_optax.solvers._solver import Solver
+from locoprop_optax.solvers._solver import Solver, repeat
 
 OptimizerFromRate: TypeAlias = Callable[[Any], optax.GradientTransformation]
 
@@ -55,7 +55,8 @@ def first_order(
       reset: whether to forget the optimizer's state between batches. Default False:
         momentum and second moments live on.
       tolerance: stops a batch's steps early, before one for which no layer's gradient
-        is longer than this share of its first. Default None: all T steps.
+        is longer than this share of its first. Convolutions are slow in the loop that
+        it needs on a CPU. Default None: all T steps.
       local_batch_size: how many examples each step but the first sees, a slice of
         its own; T steps of an n-th of the batch cost as little as one of the whole
         for T = n. Examples beyond the last whole slice are left out. Default None:
@@ -128,7 +129,7 @@ def first_order(
 
         def later_step(carry, k):
             step, state = carry
-            return advance(k, gradient_of_step(k, step), step, state), None
+            return advance(k, gradient_of_step(k, step), step, state)
 
         if local_batch_size is None:
             problems = problems.with_gram(num_steps - 1)
@@ -136,7 +137,8 @@ def first_order(
         start = init(params) if reset else state
         carry = advance(0, first, problems.no_step(), start)
         if tolerance is None:
-            (step, end), _ = jax.lax.scan(later_step, carry, jnp.arange(1, num_steps))
+            numbers = range(1, num_steps)
+            step, end = repeat(later_step, carry, numbers, *problems.grouped.values)
         else:
             longest = _lengths(problems, first, tolerance)
 

@@ -1,10 +1,8 @@
 """Mirror descent in the geometry of the regularizer."""
 
-import jax
-
 from locoprop_optax._hyperparams import check_count
 from locoprop_optax._layers import LayerError
-from locoprop_optax.solvers._solver import Solver
+from locoprop_optax.solvers._solver import Solver, repeat
 
 
 def mirror_descent(num_steps: int = 1) -> Solver:
@@ -58,11 +56,10 @@ def mirror_descent(num_steps: int = 1) -> Solver:
 
         def later_step(step, _):
             gradient = problem.loss_gradient(step)
-            return mirror_step(step, gradient, problem.params), None
+            return mirror_step(step, gradient, problem.params)
 
         first = mirror_step(problem.no_step(), problem.initial_gradient, problem.params)
-        step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
-        return step
+        return repeat(later_step, first, range(1, num_steps), problem)
 
     def solve(problems, state, count):
         del count

@@ -28,7 +28,7 @@ from locoprop_optax._layers import (
     visible,
 )
 from locoprop_optax._local_problem import SQUARED_LOSS, LocalProblem
-from locoprop_optax.solvers._solver import Solver
+from locoprop_optax.solvers._solver import Solver, repeat
 
 
 def majorized_newton(
@@ -280,8 +280,7 @@ def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerPa
             to_matrices(problem.gradient(step)),
             to_matrices(step),
         )
-        return optax.tree.sub(step, change(damped)), None
+        return optax.tree.sub(step, change(damped))
 
     first = optax.tree.scale(-1, change(to_matrices(problem.gradient_at_start())))
-    step, _ = jax.lax.scan(later_step, first, length=num_steps - 1)
-    return step
+    return repeat(later_step, first, range(1, num_steps), problem)
