@@ -218,11 +218,12 @@ class Channelwise:
         }
 
         def picked(kernel):
-            outputs = self.forward({**others, "kernel": kernel}, inputs)
-            return outputs.reshape(-1, self.groups, channels)
+            return self.forward({**others, "kernel": kernel}, inputs)
 
-        entries = jnp.moveaxis(jax.vmap(picked)(picks), 0, 2)
-        return jnp.moveaxis(entries.reshape(*entries.shape[:2], -1), 1, 0)[..., :rows]
+        entries = jax.vmap(picked, out_axes=-2)(picks)
+        entries = entries.reshape(-1, passes, self.groups, channels)
+        entries = jnp.moveaxis(entries, 2, 0)
+        return entries.reshape(*entries.shape[:2], -1)[..., :rows]
 
     def to_matrices(self, params: LayerParams) -> Matrices:
         """The kernel with all axes but the channels' made one, by group."""
