@@ -1,10 +1,10 @@
 """Tunes every contestant of a benchmark alike, with optuna.
 
 Each gets the same number of trials and of steps, over the space that
-`benchmarks.contestants` gives it, where the first trial stands, too. The training loss
-at the end decides; a trial that is behind the median of the earlier ones at a quarter
-of its steps ends there. Trials are kept in an SQLite file, so that the same command
-resumes after a kill.
+`benchmarks.contestants` gives it, where the first trial stands, too; the second is what
+was chosen before, with trials of another length. The training loss at the end decides;
+a trial that is behind the median of the earlier ones at a quarter of its steps ends
+there. Trials are kept in an SQLite file, so that the same command resumes after a kill.
 """
 
 import argparse
@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.enqueue_trial(
                     {key: range_.first for key, range_ in space.items()}
                 )
+                if name in chosen:
+                    study.enqueue_trial(chosen[name]["settings"], skip_if_exists=True)
             finished = [t for t in study.trials if t.state.is_finished()]
             left = max(0, options.trials - len(finished))
             bar = progress.add_task(name, total=options.trials, completed=len(finished))

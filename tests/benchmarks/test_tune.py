@@ -96,6 +96,16 @@ def test_trials_of_other_lengths_are_not_compared(tmp_path):
     assert found["train_loss"] == studies["sgd, 8 steps"].best_trial.value
 
 
+def test_what_shorter_trials_chose_is_tried_second(tmp_path):
+    options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
+    path = tmp_path / "tuned_autoencoder_curves.json"
+    path.write_text(json.dumps({"sgd": {"settings": {"learning_rate": 0.25}}}))
+    tune.main(["autoencoder", *options, "--trials", "2"])
+    storage = f"sqlite:///{path.with_suffix('.sqlite')}"
+    trials = optuna.load_study(study_name="sgd, 4 steps", storage=storage).trials
+    assert [t.params["learning_rate"] for t in trials] == [1e-3, 0.25]
+
+
 def test_trials_behind_the_median_end_early(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "8"])
