@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from rich.console import Console
@@ -204,48 +205,60 @@ def milestones(results: Results) -> str:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Draws the loss against epochs or steps and against seconds, means over seeds."""
+    """Draws the losses against epochs or steps and against seconds.
+
+    Lines are means over seeds, with their ranges around them.
+    """
     begun = [result for result in results if result["curve"]]
     groups = by_optimizer(begun)
+    unit, crowded = unit_of(results), len(groups) > 5
+    across = {KEYS[unit]: f"{unit}s"}
+    if timed(begun):
+        across["seconds"] = "seconds of training"
+    up = {"train_loss": "training loss", "test_loss": "test loss"}
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False}):
-        figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-        unit, few = unit_of(results), len(groups) < 6
-        keys = [KEYS[unit], *(["seconds"] if timed(begun) else [])]
-        panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-        left = panels[0]
-        for axes, key in zip(panels, keys, strict=True):
-            for i, (name, runs) in enumerate(groups.items()):
-                runs = runs if axes is left else timed(runs)
-                if not runs:
-                    continue
-                shared = min(len(run["curve"]) for run in runs)
-
-                def mean(figure, runs=runs, shared=shared):
-                    curves = [[p[figure] for p in r["curve"][:shared]] for r in runs]
-                    return np.mean(curves, axis=0)
-
-                style = {"color": f"C{i % 10}"}
-                dashes = ("-", "--", ":")[i // 10 % 3]
-                train, test = mean("train_loss"), mean("test_loss")
-                named = {"label": label(name)} if axes is left else {}
-                axes.plot(mean(key), train, dashes, **style, **named)
-                if few:
-                    axes.plot(mean(key), test, ":", alpha=0.8, **style)
-            axes.set_xlabel(f"{unit}s" if axes is left else "seconds of training")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
-            axes.grid(alpha=0.3, which="both")
-        left.set_ylabel("loss (dotted: test)" if few else "training loss")
-        left.set_ylim(top=1.1 * max(run["curve"][0]["train_loss"] for run in begun))
-        if few:
-            left.legend(frameon=False, fontsize=8)
+        figure = Figure(figsize=(9.5, 6.5), layout="constrained")
+        panels = figure.subplots(
+            2, len(across), sharex="col", sharey=True, squeeze=False
+        )
+        for row, loss in zip(panels, up, strict=True):
+            for axes, key in zip(row, across, strict=True):
+                _plot_loss(axes, groups, key, loss)
+            row[0].set_ylabel(up[loss])
+        for axes, name in zip(panels[-1], across.values(), strict=True):
+            axes.set_xlabel(name)
+        first = panels[0][0]
+        first.set_ylim(top=1.1 * max(run["curve"][0]["train_loss"] for run in begun))
+        if crowded:
+            lines = first.get_legend_handles_labels()
+            figure.legend(*lines, loc="outside right center", frameon=False, fontsize=7)
         else:
-            figure.legend(loc="outside right center", frameon=False, fontsize=7)
+            first.legend(frameon=False, fontsize=8)
         machine = results[0]["made"]["machine"]
         where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"{title(results)}; {where}", fontsize=10)
         figure.savefig(path, dpi=150)
+
+
+def _plot_loss(axes: Axes, groups: dict[str, Results], key: str, loss: str) -> None:
+    """One loss of each optimizer against one figure of its points."""
+    for i, (name, runs) in enumerate(groups.items()):
+        seen = timed(runs) if key == "seconds" else runs
+        if not seen:
+            continue
+        shared = min(len(run["curve"]) for run in seen)
+        x, y = (
+            np.array([[p[figure] for p in run["curve"][:shared]] for run in seen])
+            for figure in (key, loss)
+        )
+        color, dashes = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
+        x = x.mean(axis=0)
+        axes.plot(x, y.mean(axis=0), dashes, color=color, label=label(name))
+        axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.2, lw=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    axes.grid(alpha=0.3, which="both")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
