@@ -18,11 +18,15 @@ def test_inverse(function, size):
 
 
 def test_inverse_in_float32_is_as_good_as_a_factorization():
-    x = np.random.default_rng(0).normal(size=(100, 300)).astype(np.float32)
-    matrix = jnp.asarray(x.T @ x + 3 * np.eye(300, dtype=np.float32))
-    exact = np.linalg.inv(np.asarray(matrix, np.float64))
-    errors = [np.abs(f(matrix) - exact).max() for f in (by_halves, by_cholesky)]
-    assert errors[0] < 5 * errors[1]
+    """On average: of one matrix, the order of rounding decides."""
+    functions, errors = (by_halves, by_cholesky), []
+    for seed in range(8):
+        x = np.random.default_rng(seed).normal(size=(100, 300)).astype(np.float32)
+        matrix = jnp.asarray(x.T @ x + 3 * np.eye(300, dtype=np.float32))
+        exact = np.linalg.inv(np.asarray(matrix, np.float64))
+        errors.append([np.abs(jax.jit(f)(matrix) - exact).max() for f in functions])
+    ours, factorization = np.mean(errors, axis=0)
+    assert ours < 5 * factorization
 
 
 def test_inverse_of_a_batch():
