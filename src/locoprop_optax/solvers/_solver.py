@@ -30,8 +30,8 @@ def repeat(
 ) -> T:
     """Local steps, one for each number: in a loop, which compiles one of them.
 
-    With convolutions they are written out. In a loop, XLA takes about thirty times as
-    long for a convolution's gradient on a CPU.
+    With convolutions they are written out. In a loop, XLA takes many times as long for
+    a convolution's gradient on a CPU.
 
     Args:
       advance: from (step, number) to the next step.
