@@ -10,7 +10,7 @@ the diagonal blocks that it gives them.
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,9 +18,17 @@ import jax.numpy as jnp
 import kfac_jax
 import numpy as np
 from flax import traverse_util
+from kfac_jax import patches_second_moment
 from protocol import Arrays, Examples, Trainer, examples, rate_at, serve
 
 from benchmarks import networks
+
+# Products of patches without a loop and in two dimensions, for XLA compiles neither a
+# convolution in a loop nor one of four dimensions to fast code on a CPU.
+patches_second_moment.set_use_4d_convolution_in_psm_loop(False)
+patches_second_moment.patches_moments = partial(
+    patches_second_moment.patches_moments, unroll_loop=True
+)
 
 
 def registered_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
