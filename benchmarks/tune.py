@@ -102,9 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study = optuna.create_study(
                 storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
                 study_name=f"{name}, {options.steps} steps",
-                sampler=optuna.samplers.TPESampler(n_startup_trials=4, seed=0),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
                 load_if_exists=True,
+            )
+            study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=4,
+                seed=1000 * options.steps + len(study.trials),  # else draws come again
             )
             if not study.trials:
                 space = CONTESTANTS[name].space

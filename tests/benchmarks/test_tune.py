@@ -106,6 +106,21 @@ def test_what_shorter_trials_chose_is_tried_second(tmp_path):
     assert [t.params["learning_rate"] for t in trials] == [1e-3, 0.25]
 
 
+def test_no_draw_is_tried_twice_after_a_resumption_or_with_other_lengths(tmp_path):
+    options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
+    tune.main(["autoencoder", *options, "--trials", "2"])
+    tune.main(["autoencoder", *options, "--trials", "3"])
+    tune.main(["autoencoder", *options, "--trials", "3", "--steps", "8"])
+    storage = f"sqlite:///{tmp_path / 'tuned_autoencoder_curves.sqlite'}"
+    drawn = [
+        trial.params["learning_rate"]
+        for study in ("sgd, 4 steps", "sgd, 8 steps")
+        for trial in optuna.load_study(study_name=study, storage=storage).trials
+        if not trial.system_attrs.get("fixed_params")
+    ]
+    assert len(drawn) == len(set(drawn)) >= 3
+
+
 def test_trials_behind_the_median_end_early(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "8"])
