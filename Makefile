@@ -37,4 +37,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out site dist
+	rm -rf $(VENV) out site dist .pytest_cache
