@@ -90,10 +90,11 @@ def _locoprop(
     target_damping: float,
     damping: float,
     decays: bool,
+    learning_rate: float = 1.0,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
-        warmup_then_linear(1.0, steps) if decays else 1.0,
+        warmup_then_linear(learning_rate, steps) if decays else learning_rate,
         target=loco.targets.natural_gradient(1.0, target_damping),
         solver=loco.solvers.majorized_newton(1, damping),
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
@@ -266,7 +267,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "locoprop_and_adamw": Contestant(
         "locoprop, AdamW for the rest",
         _locoprop,
-        {**LOCOPROP, **FALLBACK},
+        {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **FALLBACK},
         needs=CURVATURE,
     ),
     "locoprop_momentum_and_adamw": Contestant(
