@@ -2,14 +2,13 @@ import os
 from pathlib import Path
 
 # Most of the suite's time is compilation: made shorter, and shared by all processes.
-for variable, value in {
+os.environ |= {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache/jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}.items():
-    os.environ.setdefault(variable, value)
+} | dict(os.environ)
 
 import jax
 import pytest
