@@ -279,7 +279,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "kfac": Contestant(
         "K-FAC, adaptive",
         _to_peer(adaptive=True),
-        {"damping": Range(0.01, 1000.0, 150.0)},
+        {"damping": Range(1e-4, 1000.0, 150.0)},
         peer="kfac",
     ),
     "kfac_fixed": Contestant(

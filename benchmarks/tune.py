@@ -3,14 +3,16 @@
 Each gets the same number of trials and of steps, over the space that
 `benchmarks.contestants` gives it, where the first trial stands, too; the second is what
 was chosen before, with trials of another length. The training loss at the end decides;
-a trial that is behind the median of the earlier ones at a quarter of its steps ends
-there. Trials are kept in an SQLite file, so that the same command resumes after a kill.
+a trial that is behind the median of the earlier ones at half of its steps, or at three
+quarters, ends there. Trials are kept in an SQLite file, so that the same command resumes
+after a kill, and commands with different optimizers may run side by side.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,7 +54,7 @@ def loss_after(
     """The training loss at the end of a task; infinite if it is not finite.
 
     Raises:
-      optuna.TrialPruned: if the loss of some quarter is behind that of other trials.
+      optuna.TrialPruned: if the loss in the middle is behind that of other trials.
     """
     with start(name, task, settings, interpreters) as trainer:
         parts = [part for part in np.array_split(task.order, 4) if len(part)]
@@ -65,6 +67,11 @@ def loss_after(
                 raise optuna.TrialPruned
         loss = trainer.evaluate()["train_loss"]
     return loss if math.isfinite(loss) else math.inf
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was chosen before, and how; nothing where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,13 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"tuned_{benchmark.stem(options)}"
     path = stem.with_suffix(".json")
-    chosen = json.loads(path.read_text()) if path.exists() else {}
     with Progress() as progress:
         for name in options.optimizers:
+            before = read(path).get(name)
             study = optuna.create_study(
                 storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
                 study_name=f"{name}, {options.steps} steps",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=2),
                 load_if_exists=True,
             )
             study.sampler = optuna.samplers.TPESampler(
@@ -114,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.enqueue_trial(
                     {key: range_.first for key, range_ in space.items()}
                 )
-                if name in chosen:
-                    study.enqueue_trial(chosen[name]["settings"], skip_if_exists=True)
+                if before:
+                    study.enqueue_trial(before["settings"], skip_if_exists=True)
             finished = [t for t in study.trials if t.state.is_finished()]
             left = max(0, options.trials - len(finished))
             bar = progress.add_task(name, total=options.trials, completed=len(finished))
@@ -136,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             errors = [t.user_attrs["error"] for t in study.trials if t.user_attrs]
             completed = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             failed = sum(not math.isfinite(trial.value) for trial in completed)
+            chosen = read(path)  # which another command may have written
             chosen[name] = {
                 "settings": study.best_params,
                 "train_loss": study.best_value,
