@@ -91,12 +91,13 @@ def _locoprop(
     damping: float,
     decays: bool,
     learning_rate: float = 1.0,
+    ema: float = 0.0,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
         warmup_then_linear(learning_rate, steps) if decays else learning_rate,
         target=loco.targets.natural_gradient(1.0, target_damping),
-        solver=loco.solvers.majorized_newton(1, damping),
+        solver=loco.solvers.majorized_newton(1, damping, ema=ema),
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
     )
 
@@ -109,12 +110,13 @@ def _locoprop_momentum(
     damping: float,
     num_steps: int,
     momentum: float,
+    ema: float = 0.0,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop_momentum(
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
-        solver=loco.solvers.majorized_newton(num_steps, damping),
+        solver=loco.solvers.majorized_newton(num_steps, damping, ema=ema),
         momentum=momentum,
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
     )
@@ -170,7 +172,10 @@ LOCOPROP_MOMENTUM: Space = {
     "num_steps": Choice((1, 2, 3), 2),
     "momentum": MOMENTUM,
 }
-FALLBACK: Space = {"fallback_learning_rate": Range(1e-4, 1e-1, 1e-3)}
+SMALL_BATCHES: Space = {  # and other parameters than those of layers
+    "ema": Choice((0.0, 0.9, 0.95, 0.99), 0.0),
+    "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3),
+}
 SOAP: Space = {
     "learning_rate": RATE,
     "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
@@ -267,13 +272,13 @@ CONTESTANTS: dict[str, Contestant] = {
     "locoprop_and_adamw": Contestant(
         "locoprop, AdamW for the rest",
         _locoprop,
-        {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **FALLBACK},
+        {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **SMALL_BATCHES},
         needs=CURVATURE,
     ),
     "locoprop_momentum_and_adamw": Contestant(
         "locoprop_momentum, AdamW for the rest",
         _locoprop_momentum,
-        {**LOCOPROP_MOMENTUM, **FALLBACK},
+        {**LOCOPROP_MOMENTUM, **SMALL_BATCHES},
         needs=INTERMEDIATES,
     ),
     "kfac": Contestant(
