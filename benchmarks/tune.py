@@ -109,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study = optuna.create_study(
                 storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
                 study_name=f"{name}, {options.steps} steps",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=2),
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=3, n_warmup_steps=2
+                ),
                 load_if_exists=True,
             )
             study.sampler = optuna.samplers.TPESampler(
