@@ -23,6 +23,8 @@ def test_the_page_of_results_is_the_committed_results():
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
         ("transformer", report.markdown),
+        ("cnn", report.milestones),
+        ("cnn", report.markdown),
     ):
         path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
         assert table(report.read_results(path)) in page
