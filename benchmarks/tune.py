@@ -4,8 +4,8 @@ Each gets the same number of trials and of steps, over the space that
 `benchmarks.contestants` gives it, where the first trial stands, too; the second is what
 was chosen before, with trials of another length. The training loss at the end decides;
 a trial that is behind the median of the earlier ones at half of its steps, or at three
-quarters, ends there. Trials are kept in an SQLite file, so that the same command resumes
-after a kill, and commands with different optimizers may run side by side.
+quarters, ends there. Trials are kept in an SQLite file, so that the same command
+resumes after a kill, and commands with different optimizers may run side by side.
 """
 
 import argparse
