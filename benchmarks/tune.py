@@ -105,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = stem.with_suffix(".json")
     with Progress() as progress:
         for name in options.optimizers:
-            before = read(path).get(name)
             study = optuna.create_study(
                 storage=f"sqlite:///{stem.with_suffix('.sqlite')}",
                 study_name=f"{name}, {options.steps} steps",
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.enqueue_trial(
                     {key: range_.first for key, range_ in space.items()}
                 )
-                if before:
+                if before := read(path).get(name):
                     study.enqueue_trial(before["settings"], skip_if_exists=True)
             finished = [t for t in study.trials if t.state.is_finished()]
             left = max(0, options.trials - len(finished))
