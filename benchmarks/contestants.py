@@ -89,7 +89,7 @@ def _locoprop(
     *,
     target_damping: float,
     damping: float,
-    decays: bool,
+    decays: bool = True,
     learning_rate: float = 1.0,
     ema: float = 0.0,
     fallback_learning_rate: float = 1e-3,
@@ -163,7 +163,6 @@ PAPER: Space = {
 LOCOPROP: Space = {
     "target_damping": Range(0.05, 5.0, 0.5),
     "damping": Range(0.03, 3.0, 0.3),
-    "decays": Choice((False, True), False),
 }
 LOCOPROP_MOMENTUM: Space = {
     "learning_rate": Range(0.01, 1.0, 0.1),
@@ -261,7 +260,10 @@ CONTESTANTS: dict[str, Contestant] = {
         needs=INTERMEDIATES,
     ),
     "locoprop": Contestant(
-        "locoprop (our defaults)", _locoprop, LOCOPROP, needs=CURVATURE
+        "locoprop (our defaults)",
+        _locoprop,
+        {**LOCOPROP, "decays": Choice((False, True), False)},
+        needs=CURVATURE,
     ),
     "locoprop_momentum": Contestant(
         "locoprop_momentum",
