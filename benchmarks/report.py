@@ -40,14 +40,22 @@ def title(results: Results) -> str:
     """What was trained on what."""
     settings = results[0]["settings"]
     model = settings.get("model", "deep autoencoder")
-    seeds = len({result["settings"].get("seed", 0) for result in results})
     unit = unit_of(results)
     return (
         f"{model} on {settings['data']}, {settings['train_images']} "
         f"{settings.get('examples', 'images')}, "
         f"batch {settings['batch_size']}, {settings[f'{unit}s']} {unit}s"
-        + (f", {seeds} seeds" if seeds > 1 else "")
+        f"{_seeds(results)}"
     )
+
+
+def _seeds(results: Results) -> str:
+    """How many each optimizer ran with, if any ran with more than one."""
+    counts = [len(runs) for runs in by_optimizer(results).values()]
+    if max(counts) == 1:
+        return ""
+    ends = sorted({min(counts), max(counts)})
+    return f", {' to '.join(map(str, ends))} seeds"
 
 
 def unit_of(results: Results) -> str:

@@ -69,6 +69,20 @@ def test_contestants_stand_in_the_order_of_their_losses_and_failures_last():
     assert list(report.by_optimizer(runs)) == ["adam", "sgd", "muon"]
 
 
+def test_the_title_says_how_many_seeds_each_ran_with():
+    def run(name, seed):
+        common = {"data": "curves", "train_images": 9, "batch_size": 3, "epochs": 2}
+        point = {"train_loss": 1.0}
+        settings = {**common, "seed": seed}
+        return {"optimizer": name, "curve": [point], "settings": settings}
+
+    both = [run("sgd", 0), run("adam", 0)]
+    assert report.title(both).endswith("2 epochs")
+    assert report.title([*both, run("adam", 1)]).endswith(", 1 to 2 seeds")
+    more = [run("sgd", 1), run("adam", 1)]
+    assert report.title([*both, *more]).endswith(", 2 seeds")
+
+
 def test_an_adam_that_failed_leaves_the_others_without_a_ratio():
     point = {"train_loss": 1.0, "test_loss": 2.0, "steps": 3, "seconds": 4.0}
     done = {"optimizer": "sgd", "median_step_seconds": 0.5, "curve": [point]}
