@@ -6,6 +6,7 @@ the picture of an autoencoder benchmark.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def title(results: Results) -> str:
 
 def _seeds(results: Results) -> str:
     """How many each optimizer ran with, if any ran with more than one."""
-    counts = [len(runs) for runs in by_optimizer(results).values()]
+    counts = Counter(result["optimizer"] for result in results).values()
     if max(counts) == 1:
         return ""
     ends = sorted({min(counts), max(counts)})
