@@ -1,9 +1,11 @@
 """K-FAC of `kfac-jax` on the models of `benchmarks.networks`.
 
-Its environment holds kfac-jax 0.0.8, jax 0.9.1, flax 0.12.6 and numpy; the release does
-not run with jax 0.10. Settings: `adaptive` (step size, momentum and damping by the
-quadratic model, as its authors advise; default true), else `learning_rate`, warmed up
-and decayed over `total_steps`, and `momentum`; `damping`, the first or the fixed one;
+Its environment holds kfac-jax 0.0.8, jax 0.9.1, flax 0.12.6 and numpy: the release does
+not run with jax 0.10, but its main branch (commit babd853) does with jax 0.11.
+
+Settings: `adaptive` (step size, momentum and damping by the quadratic model, as its
+authors advise; default true), else `learning_rate`, warmed up and decayed over
+`total_steps`, and `momentum`; `damping`, the first or the fixed one;
 `inverse_update_period`. Layers that the package does not know, such as embeddings, get
 the diagonal blocks that it gives them.
 """
@@ -19,7 +21,15 @@ import kfac_jax
 import numpy as np
 from flax import traverse_util
 from kfac_jax import patches_second_moment
-from protocol import Arrays, Examples, Trainer, examples, rate_at, serve
+from protocol import (
+    Arrays,
+    Examples,
+    Trainer,
+    examples,
+    process_memory,
+    rate_at,
+    serve,
+)
 
 from benchmarks import networks
 
@@ -102,12 +112,12 @@ def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
     state = optimizer.init(params, key, on_device(first))
     held = {"params": params, "state": state, "count": 0}
 
-    def step(batch: Examples) -> float:
+    def step(batch: tuple[jax.Array, jax.Array]) -> float:
         held["params"], held["state"], stats = optimizer.step(
             held["params"],
             held["state"],
             jax.random.fold_in(key, held["count"]),
-            batch=on_device(batch),
+            batch=batch,
             global_step_int=held["count"],
             **given(held["count"]),
         )
@@ -116,16 +126,25 @@ def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
         return float(stats["loss"])
 
     return Trainer(
+        on_device,
         step,
-        lambda batch: float(evaluate(held["params"], on_device(batch))),
+        lambda batch: float(evaluate(held["params"], batch)),
         lambda: sum(np.size(leaf) for leaf in jax.tree.leaves(held["state"])) / size,
     )
 
 
 def on_device(batch: Examples) -> tuple[jax.Array, jax.Array]:
     """Inputs and targets, a plain pair."""
-    return jnp.asarray(batch.inputs), jnp.asarray(batch.targets)
+    return jax.block_until_ready(
+        (jnp.asarray(batch.inputs), jnp.asarray(batch.targets))
+    )
+
+
+def peak_memory() -> int:
+    """The most memory that arrays have held on the device, in bytes."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else process_memory()
 
 
 if __name__ == "__main__":
-    serve(make, ("kfac-jax", "jax", "flax"))
+    serve(make, ("kfac-jax", "jax", "flax"), peak_memory)

@@ -10,7 +10,7 @@ anew. Then it writes one line of JSON for itself and one for each line it reads:
 - `{"steps": 3}` trains the next three batches: `seconds` and `losses` of each, the
   losses those before the step;
 - `{"evaluate": true}` gives `train_loss` and `test_loss`, and `about`: the optimizer's
-  state (`state_size`) and by how much the process's memory has grown at most
+  state (`state_size`) and by how much the memory in use has grown at most
   (`peak_size`), in multiples of the parameters, and `compile_seconds`, by how much
   longer the first steps took.
 """
@@ -61,14 +61,22 @@ class Trainer(NamedTuple):
     """A peer's optimizer on its model, the weights inside.
 
     Attributes:
-      step: trains on a batch; returns the loss before.
-      loss: the mean loss of some examples.
+      place: brings examples to the model's device; no part of a step's time.
+      step: trains on a batch that was placed; returns the loss before.
+      loss: the mean loss of a batch that was placed.
       state_size: the optimizer's state in multiples of the parameters.
     """
 
-    step: Callable[[Examples], float]
-    loss: Callable[[Examples], float]
+    place: Callable[[Examples], Any]
+    step: Callable[[Any], float]
+    loss: Callable[[Any], float]
     state_size: Callable[[], float]
+
+
+def process_memory() -> int:
+    """The most memory that this process has held, in bytes; as Linux tells it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 WARM_UP = 6  # all that K-FAC does from time to time, it does every fifth step
@@ -77,6 +85,7 @@ WARM_UP = 6  # all that K-FAC does from time to time, it does every fifth step
 def serve(
     make: Callable[[Arrays, dict[str, Any]], Trainer],
     packages: Sequence[str],
+    peak_memory: Callable[[], int] = process_memory,
 ) -> None:
     """Runs a peer from the command line.
 
@@ -84,6 +93,7 @@ def serve(
       make: from the arrays and the settings to the trainer. A second one takes over
         what the first has compiled.
       packages: whose versions are announced.
+      peak_memory: the most that was held where the model is, in bytes.
     """
     parser = argparse.ArgumentParser(description="A peer; see benchmarks/peers.")
     parser.add_argument("--input", type=Path, required=True, help="the arrays (npz)")
@@ -106,7 +116,7 @@ def serve(
         if "steps" in asked:
             seconds, losses = [], []
             for _, rows in zip(range(asked["steps"]), batches, strict=False):
-                batch = train.at(rows)
+                batch = trainer.place(train.at(rows))
                 began = time.perf_counter()
                 losses.append(trainer.step(batch))
                 seconds.append(time.perf_counter() - began)
@@ -130,25 +140,19 @@ def warm_up(trainer: Trainer, batch: Examples) -> float:
 
     The fastest step tells what a step takes once all is compiled.
     """
-    seconds = []
+    seconds, placed = [], trainer.place(batch)
     for _ in range(WARM_UP):
         began = time.perf_counter()
-        trainer.step(batch)
+        trainer.step(placed)
         seconds.append(time.perf_counter() - began)
     return sum(seconds) - WARM_UP * min(seconds)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; as Linux tells it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def mean_loss(trainer: Trainer, part: Examples, size: int) -> float:
     """The mean loss over any number of examples, in batches of a size."""
     starts = range(0, len(part.inputs), size)
     batches = [part.at(slice(i, i + size)) for i in starts]
-    losses = [trainer.loss(batch) for batch in batches]
+    losses = [trainer.loss(trainer.place(batch)) for batch in batches]
     return float(np.average(losses, weights=[len(batch.inputs) for batch in batches]))
 
 

@@ -29,9 +29,15 @@ from typing import Any
 
 import torch
 from locoprop import LocoLayer, LocopropTrainer
-from protocol import Arrays, Examples, Trainer, rate_at, serve
+from protocol import Arrays, Trainer, rate_at, serve
 from torch import nn
-from torch_network import linear_layers, loss_of, reconstruction_loss
+from torch_network import (
+    images_of,
+    linear_layers,
+    loss_of,
+    peak_memory,
+    reconstruction_loss,
+)
 
 RMSPROP = {"lr": 1e-5, "alpha": 0.9, "momentum": 0.999, "eps": 1e-5}
 
@@ -69,18 +75,17 @@ def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
         correction=settings.get("correction", 0.1),
     )
 
-    def step(examples: Examples) -> float:
+    def step(images: torch.Tensor) -> float:
         nonlocal done
         for optimizer in trainer.opts:
             now = rate * rate_at(done, settings.get("total_steps"))
             optimizer.param_groups[0]["lr"] = now
         done += 1
-        batch = torch.from_numpy(examples.inputs)
-        return trainer.step(batch, batch).item()
+        return trainer.step(images, images).item()
 
     # Of RMSProp, second moments and momentum for each parameter.
-    return Trainer(step, partial(loss_of, model), lambda: 2.0)
+    return Trainer(images_of, step, partial(loss_of, model), lambda: 2.0)
 
 
 if __name__ == "__main__":
-    serve(make, ("torch", "locoprop"))
+    serve(make, ("torch", "locoprop"), peak_memory)

@@ -4,8 +4,17 @@ import json
 from collections.abc import Iterator
 
 import torch
-from protocol import Arrays, Examples
+from protocol import Arrays, Examples, process_memory
 from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peak_memory() -> int:
+    """The most memory that tensors have held on the device, in bytes."""
+    if DEVICE == "cpu":
+        return process_memory()
+    return torch.cuda.max_memory_allocated()
 
 
 def linear_layers(arrays: Arrays) -> Iterator[tuple[nn.Linear, str]]:
@@ -21,7 +30,7 @@ def linear_layers(arrays: Arrays) -> Iterator[tuple[nn.Linear, str]]:
             torch.from_numpy(arrays[f"params/Dense_{i}/{name}"])
             for name in ("kernel", "bias")
         )
-        linear = nn.Linear(*kernel.shape)
+        linear = nn.Linear(*kernel.shape, device=DEVICE)
         with torch.no_grad():
             linear.weight.copy_(kernel.T)
             linear.bias.copy_(bias)
@@ -36,8 +45,12 @@ def reconstruction_loss(logits: torch.Tensor, images: torch.Tensor) -> torch.Ten
     return losses / len(images)
 
 
-def loss_of(model: nn.Module, examples: Examples) -> float:
+def images_of(examples: Examples) -> torch.Tensor:
+    """The images, on the device; they are their own targets."""
+    return torch.from_numpy(examples.inputs).to(DEVICE)
+
+
+def loss_of(model: nn.Module, images: torch.Tensor) -> float:
     """The loss, without gradients."""
-    batch = torch.from_numpy(examples.inputs)
     with torch.no_grad():
-        return reconstruction_loss(model(batch), batch).item()
+        return reconstruction_loss(model(images), images).item()

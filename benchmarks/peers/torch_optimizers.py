@@ -12,9 +12,15 @@ from typing import Any
 
 import pytorch_optimizer
 import torch
-from protocol import Arrays, Examples, Trainer, rate_at, serve
+from protocol import Arrays, Trainer, rate_at, serve
 from torch import nn
-from torch_network import linear_layers, loss_of, reconstruction_loss
+from torch_network import (
+    images_of,
+    linear_layers,
+    loss_of,
+    peak_memory,
+    reconstruction_loss,
+)
 
 OPTIMIZERS = {
     "soap": pytorch_optimizer.SOAP,
@@ -49,17 +55,19 @@ def make(arrays: Arrays, settings: dict[str, Any]) -> Trainer:
     )
     size = sum(p.numel() for p in model.parameters())
 
-    def step(examples: Examples) -> float:
+    def step(images: torch.Tensor) -> float:
         optimizer.zero_grad()
-        batch = torch.from_numpy(examples.inputs)
-        loss = reconstruction_loss(model(batch), batch)
+        loss = reconstruction_loss(model(images), images)
         loss.backward()
         optimizer.step()
         schedule.step()
         return loss.item()
 
     return Trainer(
-        step, partial(loss_of, model), lambda: numbers(optimizer.state) / size
+        images_of,
+        step,
+        partial(loss_of, model),
+        lambda: numbers(optimizer.state) / size,
     )
 
 
@@ -81,4 +89,4 @@ def numbers(state: Any) -> int:
 
 
 if __name__ == "__main__":
-    serve(make, ("torch", "pytorch-optimizer"))
+    serve(make, ("torch", "pytorch-optimizer"), peak_memory)

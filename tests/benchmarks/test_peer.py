@@ -39,12 +39,18 @@ def make(arrays, settings):
         raise ValueError("broken")
     scale = settings["scale"] * arrays["params/Dense_0/kernel"][0, 0]
 
+    def place(batch):
+        time.sleep(settings.get("place", 0.0))
+        return batch
+
     def step(batch):
         compile(settings.get("first_step", 0.0))
         held.append(np.ones(settings.get("held", 0)))
         return float(scale * batch.targets.sum())
 
-    return Trainer(step, lambda batch: float(batch.inputs.mean()), lambda: 2.0)
+    return Trainer(
+        place, step, lambda batch: float(batch.inputs.mean()), lambda: 2.0
+    )
 
 
 serve(make, ())
@@ -82,6 +88,11 @@ def test_a_peer_compiles_before_it_is_timed(start):
         assert sum(running.ask(steps=3)["seconds"]) < 0.5
         compiled = running.ask(evaluate=True)["about"]["compile_seconds"]
         assert compiled >= 0.5
+
+
+def test_a_batch_on_its_way_to_the_device_is_not_timed(start):
+    with start(scale=2.0, place=0.1) as running:
+        assert sum(running.ask(steps=3)["seconds"]) < 0.1
 
 
 def test_a_peer_tells_what_memory_it_takes(start):
