@@ -191,9 +191,9 @@ class _Local:
             Examples(*(x[i : i + size] for x in examples))
             for i in range(0, count, size)
         ]
-        losses = [float(self._loss(self._carry[0], part)) for part in parts]
+        losses = [self._loss(self._carry[0], part) for part in parts]
         weights = [len(part.inputs) for part in parts]
-        return float(np.average(losses, weights=weights))
+        return float(np.average(jax.device_get(losses), weights=weights))
 
     def described(self) -> dict[str, Any]:
         """The state and the memory in multiples of the parameters, compilation."""
