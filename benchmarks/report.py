@@ -125,7 +125,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
                 _mean_and_range([point["test_loss"] for point in ends], digits),
                 str(ends[0]["steps"]),
                 _shown(_median([last(run)["seconds"] for run in timed(runs)]), 1),
-                _shown(step, 3),
+                _shown(step, 3 if step >= 0.01 else 4),
                 _shown(step / adam, 2),
             )
         )
@@ -183,6 +183,8 @@ def milestones(results: Results) -> str:
     digits = 1 if _are_large(results) else 3
 
     def reached(run, key, limit):
+        if "error" in run and last(run)[key] < limit:
+            return np.nan
         points = [p for p in run["curve"] if p[key] <= limit]
         return points[-1]["train_loss"]
 
@@ -244,7 +246,9 @@ def plot_curves(results: Results, path: Path) -> None:
         else:
             first.legend(frameon=False, fontsize=8)
         machine = results[0]["made"]["machine"]
-        where = f"{machine['cores']} cores of an {machine['processor']}"
+        where = machine["device"]
+        if machine["platform"] == "cpu":
+            where = f"{machine['cores']} cores of an {machine['processor']}"
         figure.suptitle(f"{title(results)}; {where}", fontsize=10)
         figure.savefig(path, dpi=150)
 

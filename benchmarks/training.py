@@ -122,14 +122,11 @@ class _Local:
         self._carry = jax.tree.map(jnp.copy, start)
         began = time.perf_counter()
         lowered = jax.jit(self._step, donate_argnums=0).lower(
-            self._carry, self._batch(task.order[0])
+            self._carry, _at(self._train, task.order[0])
         )
         self._compiled = lowered.compile()
         self._compile_seconds = time.perf_counter() - began
         self._loss = jax.jit(self._loss_of)
-
-    def _batch(self, rows: Any) -> Examples:
-        return Examples(*(part[rows] for part in self._train))
 
     def _loss_of(self, params: Any, examples: Examples) -> jax.Array:
         problem = self._task.problem
@@ -167,7 +164,7 @@ class _Local:
         """Takes the next steps."""
         trained = Trained([], [])
         for rows in self._task.order[self._done : self._done + steps]:
-            batch = jax.block_until_ready(self._batch(rows))
+            batch = jax.block_until_ready(_at(self._train, rows))
             began = time.perf_counter()
             self._carry, loss = jax.block_until_ready(
                 self._compiled(self._carry, batch)
@@ -179,20 +176,17 @@ class _Local:
 
     def evaluate(self) -> dict[str, float]:
         """The mean losses."""
-        measured = Examples(*(x[: self._task.problem.measured] for x in self._train))
         return {
-            "train_loss": self._mean_loss(measured),
-            "test_loss": self._mean_loss(self._test),
+            "train_loss": self._mean_loss(self._train, self._task.problem.measured),
+            "test_loss": self._mean_loss(self._test, len(self._test.inputs)),
         }
 
-    def _mean_loss(self, examples: Examples) -> float:
-        size, count = len(self._task.order[0]), len(examples.inputs)
-        parts = [
-            Examples(*(x[i : i + size] for x in examples))
-            for i in range(0, count, size)
-        ]
-        losses = [self._loss(self._carry[0], part) for part in parts]
-        weights = [len(part.inputs) for part in parts]
+    def _mean_loss(self, examples: Examples, count: int) -> float:
+        """The mean loss of the first examples, in batches of the training's size."""
+        size = len(self._task.order[0])
+        batches = np.split(np.arange(count), range(size, count, size))
+        losses = [self._loss(self._carry[0], _at(examples, rows)) for rows in batches]
+        weights = [len(rows) for rows in batches]
         return float(np.average(jax.device_get(losses), weights=weights))
 
     def described(self) -> dict[str, Any]:
@@ -206,6 +200,12 @@ class _Local:
             "compile_seconds": round(self._compile_seconds, 2),
             **self._about(),
         }
+
+
+@jax.jit
+def _at(examples: Examples, rows: Any) -> Examples:
+    """Some of the examples, in one call: on a GPU each operation's start takes time."""
+    return Examples(*(part[rows] for part in examples))
 
 
 def _bytes(tree: Any) -> int:

@@ -59,6 +59,20 @@ def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
     assert table[3].split(" | ")[1:7] == [f"{loss}.000" for loss in (8, 7, 5, 9, 7, 5)]
 
 
+def test_a_run_that_ended_early_has_no_losses_from_there_on():
+    def run(name, losses, **more):
+        curve = [
+            {"epoch": e, "steps": e, "seconds": e, "train_loss": loss}
+            for e, loss in enumerate(losses)
+        ]
+        return {"optimizer": name, "curve": curve, "settings": {"epochs": 2}, **more}
+
+    stopped = run("sgd", (9, 5), error="Stopped.")
+    table = report.milestones([run("adam", (9, 4, 3)), stopped]).splitlines()
+    assert table[0].split(" | ")[1:3] == ["epoch 1", "epoch 2"]
+    assert table[3].split(" | ")[1:3] == ["5.000", "–"]
+
+
 def test_contestants_stand_in_the_order_of_their_losses_and_failures_last():
     def run(name, *losses, **more):
         curve = [{"train_loss": loss} for loss in losses]
