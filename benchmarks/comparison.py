@@ -262,10 +262,12 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
     results = report.read_results(path) if options.resume and path.exists() else []
     for seed in options.seeds:
         done = {r["optimizer"] for r in results if r["settings"]["seed"] == seed}
+        names = [name for name in options.optimizers if name not in done]
+        print(f"Seed {seed}: {', '.join(names) or 'nothing is left'}")
         task = make_task(problem, steps=steps, batch_size=options.batch_size, seed=seed)
         found = train(
             task,
-            [name for name in options.optimizers if name not in done],
+            names,
             rounds=options.rounds,
             settings=chosen,
             interpreters=interpreters_of(options),

@@ -77,7 +77,10 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     results = report.read_results(tmp_path / "autoencoder_curves.jsonl")
     assert [r["settings"]["seed"] for r in results] == [0, 0, 1, 1]
     assert results[0]["settings"]["tuned"] == study.best_params
-    assert "2 seeds" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 seeds" in shown
+    assert "Seed 0: nothing is left\n" in shown
+    assert "Seed 1: sgd, momentum\n" in shown
 
 
 def test_trials_of_other_lengths_are_not_compared(tmp_path):
