@@ -19,6 +19,8 @@ def test_the_page_of_results_is_the_committed_results():
     page = (ROOT / "docs" / "results.md").read_text()
     for name, table in (
         ("autoencoder_mnist", report.milestones),
+        ("autoencoder_mnist_h100", report.milestones),
+        ("autoencoder_mnist_h100", report.markdown),
         ("autoencoder_curves", report.milestones),
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
