@@ -8,7 +8,7 @@ part from environments of their own. One that fails is listed with its error.
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks import report
+from benchmarks import report, sharing
 from benchmarks.contestants import CONTESTANTS, MIXED
 from benchmarks.problem import Problem, Task, make_task
 from benchmarks.provenance import provenance
@@ -94,6 +94,10 @@ def every_few_steps(
     )
 
 
+ALONE_EVERY = 20  # rounds, on a machine that is shared
+STEPS_BESIDE = 10  # at a time: who wants to be alone waits so long
+
+
 @dataclass
 class Run:
     """One optimizer's training and its curve so far.
@@ -102,7 +106,9 @@ class Run:
       name: a key of `CONTESTANTS`.
       epoch_steps: the steps of one pass over the training examples.
       trainer: None if it could not start.
-      step_seconds: the time of each step.
+      room: what processes share that train beside one another; None if this one has
+        the machine for itself.
+      step_seconds: the time of each step; NaN beside others.
       curve: the losses before the first step and after each round.
       error: why it ended early.
     """
@@ -110,6 +116,7 @@ class Run:
     name: str
     epoch_steps: int
     trainer: Trainer | None
+    room: Path | None = None
     step_seconds: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     error: str | None = None
@@ -119,34 +126,55 @@ class Run:
         if self.trainer is None or self.error:
             return np.nan
         try:
-            if steps:
-                self.step_seconds += self.trainer.train(steps).seconds
-            losses = self.trainer.evaluate()
+            self._train(self.trainer, steps)
+            with self._turn(alone=False):
+                losses = self.trainer.evaluate()
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             return np.nan
         done = len(self.step_seconds)
-        point = {
-            "epoch": round(done / self.epoch_steps, 4),
-            "steps": done,
-            "seconds": round(sum(self.step_seconds), 3),
-        }
+        point = {"epoch": round(done / self.epoch_steps, 4), "steps": done}
         self.curve.append({**point, **losses})
         if not np.isfinite(losses["train_loss"]):
             self.error = f"The loss is {losses['train_loss']} after {done} steps."
         return losses["train_loss"]
 
+    def _train(self, trainer: Trainer, steps: int) -> None:
+        """Takes steps, timed if they run alone."""
+        alone = self.room is None or len(self.curve) % ALONE_EVERY == 1
+        some = steps if alone else STEPS_BESIDE
+        for begun in range(0, steps, some or 1):
+            count = min(some, steps - begun)
+            with self._turn(alone=alone):
+                seconds = trainer.train(count).seconds
+            self.step_seconds += seconds if alone else count * [np.nan]
+
+    def _turn(self, *, alone: bool) -> AbstractContextManager[None]:
+        """What to wait for."""
+        return sharing.turn(self.room, alone=alone) if self.room else nullcontext()
+
     def result(self) -> dict[str, Any]:
-        """All of it in one dictionary."""
+        """All of it in one dictionary, the mean time for the steps that have none."""
         described = self.trainer.described() if self.trainer else {}
-        steps = self.step_seconds
+        steps = np.array(self.step_seconds)
+        alone = steps[np.isfinite(steps)]
+        mean = alone.mean() if alone.size else np.nan
+        passed = np.cumsum([0.0, *np.where(np.isfinite(steps), steps, mean)])
         return {
             "optimizer": self.name,
-            "curve": self.curve,
-            "median_step_seconds": float(np.median(steps)) if steps else None,
+            "curve": [
+                {**point, "seconds": round(passed[point["steps"]], 3)}
+                for point in self.curve
+            ],
+            "median_step_seconds": float(np.median(alone)) if alone.size else None,
+            **({"timed_steps": alone.size} if self.room else {}),
             **described,
             **({"error": self.error} if self.error else {}),
         }
+
+    def stop(self) -> None:
+        """Ends it early."""
+        self.error = self.error or f"Stopped after {len(self.step_seconds)} steps."
 
 
 def train(
@@ -156,8 +184,11 @@ def train(
     rounds: int,
     settings: Mapping[str, Mapping[str, Any]],
     interpreters: Mapping[str, Path],
+    room: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Trains with each optimizer, round by round in turns; returns their results.
+
+    An interrupt ends the training early, with what there is.
 
     Args:
       task: what to train on.
@@ -165,6 +196,7 @@ def train(
       rounds: into how many parts the task's steps are cut.
       settings: by name; a contestant's defaults where there are none.
       interpreters: of the peers' environments, by script.
+      room: what processes share that train beside one another, if any.
     """
     steps, batch_size = task.order.shape
     epoch_steps = len(task.problem.train.inputs) // batch_size
@@ -174,19 +206,22 @@ def train(
             compiling = progress.add_task(f"{name}: compiling", total=None)
             try:
                 started = start(name, task, settings.get(name), interpreters)
-                runs.append(Run(name, epoch_steps, stack.enter_context(started)))
+                trainer = stack.enter_context(started)
+                runs.append(Run(name, epoch_steps, trainer, room))
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
                 runs.append(Run(name, epoch_steps, None, error=message))
             progress.remove_task(compiling)
         bars = {n: progress.add_task(n, total=rounds) for n in names}
-        for run in runs:
-            run.advance(0)
-        for _ in range(rounds):
+        try:
+            for count in (0, *rounds * [steps // rounds]):
+                for run in runs:
+                    loss = run.advance(count)
+                    text = f"{run.name:<11} loss {loss:8.2f}"
+                    progress.update(bars[run.name], advance=count > 0, description=text)
+        except KeyboardInterrupt:
             for run in runs:
-                loss = run.advance(steps // rounds)
-                text = f"{run.name:<11} loss {loss:8.2f}"
-                progress.update(bars[run.name], advance=1, description=text)
+                run.stop()
         return [run.result() for run in runs]
 
 
@@ -236,6 +271,12 @@ def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     )
     add("--seeds", nargs="+", type=int, default=[0], help="of weights and batches")
     add("--loaded", action="store_true", help="the machine is busy: report no times")
+    add(
+        "--room",
+        type=Path,
+        help="a file that commands share which run beside one another: of every "
+        f"{ALONE_EVERY} rounds each then has one alone, which gives its times",
+    )
     add("--resume", action="store_true", help="keep and skip what was written before")
     add("--settings", type=Path, help="what `benchmarks.tune` found; else defaults")
     return parser
@@ -271,6 +312,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
             rounds=options.rounds,
             settings=chosen,
             interpreters=interpreters_of(options),
+            room=options.room,
         )
         for result in found:
             tuned_to = chosen.get(result["optimizer"], {})

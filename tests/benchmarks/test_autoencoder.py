@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import autoencoder, peer, report
+from benchmarks import autoencoder, comparison, peer, report
 from benchmarks.contestants import CONTESTANTS, warmup_then_linear
 from benchmarks.provenance import provenance
 
@@ -72,3 +72,33 @@ def test_adam_starts_from_the_defaults_of_optax():
 
 def test_every_contestant_has_a_label():
     assert all(c.label for c in CONTESTANTS.values())
+
+
+SMALL = ["--train-size", "60", "--batch-size", "30", "--width", "0.02"]
+
+
+def test_a_shared_machine_times_what_ran_alone(tmp_path):
+    shared = ["--room", str(tmp_path / "room"), "--optimizers", "sgd"]
+    autoencoder.main([*SMALL, "--epochs", "3", *shared, "--output", str(tmp_path)])
+    (result,) = report.read_results(tmp_path / "autoencoder_curves.jsonl")
+    assert result["timed_steps"] == 2, "of the first round alone"
+    seconds = [point["seconds"] for point in result["curve"]]
+    assert seconds[0] == 0
+    assert seconds[1] > 0
+    np.testing.assert_allclose(seconds, seconds[1] * np.arange(4), atol=2e-3)
+
+
+def test_an_interrupt_leaves_what_there_is(tmp_path, monkeypatch):
+    train = comparison.Run._train
+
+    def interrupted(run, trainer, steps):
+        if len(run.curve) == 3:
+            raise KeyboardInterrupt
+        train(run, trainer, steps)
+
+    monkeypatch.setattr(comparison.Run, "_train", interrupted)
+    names = ["--optimizers", "sgd", "adam"]
+    autoencoder.main([*SMALL, "--epochs", "5", *names, "--output", str(tmp_path)])
+    results = report.read_results(tmp_path / "autoencoder_curves.jsonl")
+    assert [len(result["curve"]) for result in results] == [3, 3]
+    assert [result["error"] for result in results] == ["Stopped after 4 steps."] * 2
