@@ -21,6 +21,7 @@ def test_the_page_of_results_is_the_committed_results():
         ("autoencoder_mnist", report.milestones),
         ("autoencoder_mnist_h100", report.milestones),
         ("autoencoder_mnist_h100", report.markdown),
+        ("autoencoder_mnist_h100_quarter_rates", report.markdown),
         ("autoencoder_curves", report.milestones),
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
