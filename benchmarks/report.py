@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -218,7 +219,8 @@ def milestones(results: Results) -> str:
 def plot_curves(results: Results, path: Path) -> None:
     """Draws the losses against epochs or steps and against seconds.
 
-    Lines are means over seeds, with their ranges around them.
+    Lines are means over seeds, with their ranges around them. Seconds are logarithmic,
+    for contestants differ in them by factors.
     """
     begun = [result for result in results if result["curve"]]
     groups = by_optimizer(begun)
@@ -236,8 +238,11 @@ def plot_curves(results: Results, path: Path) -> None:
             for axes, key in zip(row, across, strict=True):
                 _plot_loss(axes, groups, key, loss)
             row[0].set_ylabel(up[loss])
-        for axes, name in zip(panels[-1], across.values(), strict=True):
+        for axes, (key, name) in zip(panels[-1], across.items(), strict=True):
             axes.set_xlabel(name)
+            if key == "seconds":
+                axes.set_xscale("log", nonpositive="mask")
+                _label_logarithmic(axes.xaxis)
         first = panels[0][0]
         first.set_ylim(top=1.1 * max(run["curve"][0]["train_loss"] for run in begun))
         if crowded:
@@ -249,7 +254,7 @@ def plot_curves(results: Results, path: Path) -> None:
         where = machine["device"]
         if machine["platform"] == "cpu":
             where = f"{machine['cores']} cores of an {machine['processor']}"
-        figure.suptitle(f"{title(results)}; {where}", fontsize=10)
+        figure.suptitle(f"{title(results)}\n{where}", fontsize=10)
         figure.savefig(path, dpi=150)
 
 
@@ -269,9 +274,16 @@ def _plot_loss(axes: Axes, groups: dict[str, Results], key: str, loss: str) -> N
         axes.plot(x, y.mean(axis=0), dashes, color=color, label=label(name))
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.2, lw=0)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    _label_logarithmic(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
+
+
+def _label_logarithmic(axis: Axis) -> None:
+    """Labels at 1, 2 and 5, and tens of them."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+    axis.set_tick_params(which="both", length=3.5, pad=3.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
