@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.networks import HIDDEN
 
 Results = Sequence[dict[str, Any]]
 
@@ -41,14 +42,24 @@ COLUMNS = ("train loss", "test loss", "steps", "seconds", "s / step", "× Adam")
 def title(results: Results) -> str:
     """What was trained on what."""
     settings = results[0]["settings"]
-    model = settings.get("model", "deep autoencoder")
     unit = unit_of(results)
     return (
-        f"{model} on {settings['data']}, {settings['train_images']} "
+        f"{_model(settings)} on {settings['data']}, {settings['train_images']} "
         f"{settings.get('examples', 'images')}, "
         f"batch {settings['batch_size']}, {settings[f'{unit}s']} {unit}s"
         f"{_seeds(results)}"
     )
+
+
+def _model(settings: dict[str, Any]) -> str:
+    """The model, with what differs from the paper's autoencoder."""
+    parts = [settings.get("model", "deep autoencoder")]
+    hidden, transfer = settings.get("hidden"), settings.get("transfer")
+    if hidden not in (None, [*HIDDEN]):
+        parts.append("-".join(map(str, hidden)))
+    if transfer not in (None, "tanh"):
+        parts.append(transfer)
+    return ", ".join(parts)
 
 
 def _seeds(results: Results) -> str:

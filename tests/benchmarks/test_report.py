@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.networks import HIDDEN
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,19 @@ def test_the_command_shows_a_table_and_draws_a_picture(tmp_path, capsys):
     report.main([str(copy)])
     assert "locoprop_m" in capsys.readouterr().out
     assert copy.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_title_names_what_is_not_as_in_the_paper():
+    settings = {
+        **{"data": "curves", "train_images": 60, "batch_size": 30, "epochs": 2},
+        **{"model": "deep autoencoder", "transfer": "tanh", "hidden": [20, 1, 20]},
+    }
+    made = [{"optimizer": "adam", "settings": settings}]
+    assert report.title(made).startswith("deep autoencoder, 20-1-20 on curves, 60")
+    settings |= {"hidden": [*HIDDEN], "transfer": "relu"}
+    assert report.title(made).startswith("deep autoencoder, relu on curves, 60")
+    settings |= {"transfer": "tanh"}
+    assert report.title(made).startswith("deep autoencoder on curves, 60")
 
 
 def test_milestones_are_at_equal_epochs_and_at_equal_seconds():
