@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +15,8 @@ import optax
 
 import locoprop_optax as loco
 from benchmarks import lender, peer
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.problem import Examples, Task
+from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.problem import Examples, Problem, Task
 
 
 class Trained(NamedTuple):
@@ -102,49 +103,42 @@ class _Remote:
         return {**self._about, "peer_versions": self._peer.versions}
 
 
-class _Local:
-    """An optimizer in this process, its step compiled."""
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of training, before it is compiled.
 
-    def __init__(
-        self,
-        name: str,
-        task: Task,
-        tx: optax.GradientTransformation,
-        about: Callable[[], dict[str, Any]] = dict,
-    ):
-        self._tx, self._about = optax.with_extra_args_support(tx), about
-        self._contestant, self._task, self._done = CONTESTANTS[name], task, 0
-        self._train, self._test = (
-            Examples(*map(jnp.asarray, examples))
-            for examples in (task.problem.train, task.problem.test)
-        )
-        start = (task.params, self._tx.init(task.params))
-        self._carry = jax.tree.map(jnp.copy, start)
-        began = time.perf_counter()
-        lowered = jax.jit(self._step, donate_argnums=0).lower(
-            self._carry, _at(self._train, task.order[0])
-        )
-        self._compiled = lowered.compile()
-        self._compile_seconds = time.perf_counter() - began
-        self._loss = jax.jit(self._loss_of)
+    Attributes:
+      contestant: says what the optimizer needs.
+      problem: what to learn.
+      tx: the optimizer.
+    """
 
-    def _loss_of(self, params: Any, examples: Examples) -> jax.Array:
-        problem = self._task.problem
-        outputs = problem.model.apply({"params": params}, examples.inputs)
-        return problem.cost(outputs, examples.targets)
+    contestant: Contestant
+    problem: Problem
+    tx: optax.GradientTransformation
 
-    def _step(self, carry: Any, batch: Examples) -> tuple[Any, jax.Array]:
+    def init(self, params: Any) -> tuple[Any, Any]:
+        """The parameters and the optimizer's state."""
+        return params, self.tx.init(params)
+
+    def loss(self, params: Any, examples: Examples) -> jax.Array:
+        """The mean loss."""
+        outputs = self.problem.model.apply({"params": params}, examples.inputs)
+        return self.problem.cost(outputs, examples.targets)
+
+    def __call__(self, carry: Any, batch: Examples) -> tuple[Any, jax.Array]:
+        """From parameters and state to the next, and the loss before."""
         params, state = carry
-        needs, problem = self._contestant.needs, self._task.problem
+        needs, problem = self.contestant.needs, self.problem
         extra: dict[str, Any] = {}
         if "intermediates" in needs:
-            capture = loco.linen.value_and_grad(self._loss_of)
+            capture = loco.linen.value_and_grad(self.loss)
             loss, grads, extra["intermediates"] = capture(params, batch)
         else:
-            loss, grads = jax.value_and_grad(self._loss_of)(params, batch)
+            loss, grads = jax.value_and_grad(self.loss)(params, batch)
         if "curvature" in needs:
             quarter = Examples(*(part[: -(-len(part) // 4)] for part in batch))
-            capture = loco.linen.value_and_grad(self._loss_of, curvature=True)
+            capture = loco.linen.value_and_grad(self.loss, curvature=True)
             _, _, part = capture(params, quarter)
             extra["intermediates"] = loco.add_curvature(extra["intermediates"], part)
         if "functions" in needs:
@@ -155,10 +149,38 @@ class _Local:
             )
             extra |= {"model_fn": functions.model_fn, "loss_fn": functions.loss_fn}
         if "value" in needs:
-            value_fn = partial(self._loss_of, examples=batch)
+            value_fn = partial(self.loss, examples=batch)
             extra |= {"value": loss, "grad": grads, "value_fn": value_fn}
-        updates, state = self._tx.update(grads, state, params, **extra)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
+
+    def compile(self, carry: Any, batch: Examples) -> Any:
+        """Compiled for the devices of what is given, which may be shapes alone."""
+        return jax.jit(self, donate_argnums=0).lower(carry, batch).compile()
+
+
+class _Local:
+    """An optimizer in this process, its step compiled."""
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        tx: optax.GradientTransformation,
+        about: Callable[[], dict[str, Any]] = dict,
+    ):
+        self._about, self._task, self._done = about, task, 0
+        self._train, self._test = (
+            Examples(*map(jnp.asarray, examples))
+            for examples in (task.problem.train, task.problem.test)
+        )
+        step = Step(CONTESTANTS[name], task.problem, tx)
+        self._carry = jax.tree.map(jnp.copy, step.init(task.params))
+        began = time.perf_counter()
+        self._compiled = step.compile(self._carry, _at(self._train, task.order[0]))
+        self._compile_seconds = time.perf_counter() - began
+        self._loss = jax.jit(step.loss)
 
     def train(self, steps: int) -> Trained:
         """Takes the next steps."""
