@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from benchmarks import kernels, report
 from benchmarks.networks import HIDDEN
 
@@ -10,6 +12,12 @@ def test_the_whole_command(tmp_path, capsys):
     assert local["kernels"] > sgd["kernels"] > 2 * len(HIDDEN)
     assert (tmp_path / "kernels.png").stat().st_size > 5_000
     assert "µs a kernel" in capsys.readouterr().out
+
+
+def test_the_page_of_costs_is_the_committed_results():
+    root = Path(__file__).parents[2]
+    results = report.read_results(root / "benchmarks" / "results" / "kernels.jsonl")
+    assert kernels.markdown(results) in (root / "docs" / "cost.md").read_text()
 
 
 def test_times_are_shared_among_kernels():
