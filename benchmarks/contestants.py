@@ -60,6 +60,11 @@ class Contestant(NamedTuple):
         frozenset()
     )
 
+    def made(self, steps: int, settings: Mapping[str, Any] | None) -> Any:
+        """With these settings, those not given what the space tries first."""
+        first = {name: range_.first for name, range_ in self.space.items()}
+        return self.make(steps, **(first | dict(settings or {})))
+
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
     """Linear warm-up over 5 % of training, then linear decay to zero."""

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks import autoencoder, report
 from benchmarks.ceilings import launches
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.problem import Task, make_task
+from benchmarks.problem import Examples, Task, make_task
 from benchmarks.provenance import provenance
 from benchmarks.training import Step
 
@@ -45,11 +45,9 @@ def described_gpu(target: Path) -> Any:
 def compiled_for(device: Any, name: str, task: Task, tuned: Mapping[str, Any]) -> str:
     """The program of a contestant's step, compiled for a device."""
     contestant = CONTESTANTS[name]
-    first = {key: range_.first for key, range_ in contestant.space.items()}
-    tx = contestant.make(len(task.order), **(first | dict(tuned)))
+    tx = contestant.made(len(task.order), tuned)
     step, there = Step(contestant, task.problem, tx), SingleDeviceSharding(device)
-    rows = task.order[0]
-    batch = type(task.problem.train)(*(part[rows] for part in task.problem.train))
+    batch = Examples(*(part[task.order[0]] for part in task.problem.train))
     carry, batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),
         (jax.eval_shape(step.init, task.params), batch),

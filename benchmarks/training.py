@@ -61,9 +61,7 @@ def start(
       ValueError: if a peer has no interpreter.
     """
     contestant = CONTESTANTS[name]
-    first = {key: range_.first for key, range_ in contestant.space.items()}
-    settings = first | dict(settings or {})
-    made = contestant.make(len(task.order), **settings)
+    made = contestant.made(len(task.order), settings)
     if contestant.peer is None:
         yield _Local(name, task, made)
         return
