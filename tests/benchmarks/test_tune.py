@@ -78,7 +78,7 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert [r["settings"]["seed"] for r in results] == [0, 0, 1, 1]
     assert results[0]["settings"]["tuned"] == study.best_params
     shown = capsys.readouterr().out
-    assert "2 seeds" in shown
+    assert "2 seeds" in " ".join(shown.split())
     assert "Seed 0: nothing is left\n" in shown
     assert "Seed 1: sgd, momentum\n" in shown
 
