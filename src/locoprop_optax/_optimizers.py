@@ -36,7 +36,8 @@ def locoprop(
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
-        decay to zero helps where batches are small. Default: 1, all of it.
+        decay to zero helps where batches are small; a warm-up where the model holds
+        only for small steps at first, as with relu. Default: 1, all of it.
       loss: the local loss. Default: `losses.matching_loss()`.
       target: the local target. Default: `targets.natural_gradient(1.0, damping=0.5)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
