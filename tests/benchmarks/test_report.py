@@ -27,6 +27,7 @@ def test_the_page_of_results_is_the_committed_results():
         ("autoencoder_curves_curves", report.markdown),
         ("autoencoder_fashion_mnist", report.markdown),
         ("autoencoder_fashion_mnist", report.milestones),
+        ("autoencoder_mnist_deeper", report.markdown),
         ("autoencoder_mnist_relu", report.markdown),
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
