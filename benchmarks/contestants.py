@@ -60,10 +60,13 @@ class Contestant(NamedTuple):
         frozenset()
     )
 
+    def first(self) -> dict[str, Any]:
+        """The settings that the space tries first."""
+        return {name: range_.first for name, range_ in self.space.items()}
+
     def made(self, steps: int, settings: Mapping[str, Any] | None) -> Any:
-        """With these settings, those not given what the space tries first."""
-        first = {name: range_.first for name, range_ in self.space.items()}
-        return self.make(steps, **(first | dict(settings or {})))
+        """With these settings, and the first for those that are not given."""
+        return self.make(steps, **(self.first() | dict(settings or {})))
 
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:

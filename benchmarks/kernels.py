@@ -70,8 +70,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """The table as the docs show it."""
-    lines = [("optimizer", *COLUMNS), ("---", *["---:"] * len(COLUMNS)), *rows(results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return report.markdown_table(("optimizer", *COLUMNS), rows(results))
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:

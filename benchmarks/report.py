@@ -174,8 +174,13 @@ def print_table(results: Results) -> None:
 
 def markdown(results: Results) -> str:
     """The same table as the README shows it."""
-    lines = [(title(results), *COLUMNS), ("---", *["---:"] * len(COLUMNS))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows(results)])
+    return markdown_table((title(results), *COLUMNS), rows(results))
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left and the others to the right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def milestones(results: Results) -> str:
@@ -207,7 +212,7 @@ def milestones(results: Results) -> str:
         "compile_seconds": "compile, s",
     }
     columns = [*header, *about.values()]
-    lines = [("training loss", *columns), ("---", *["---:"] * len(columns))]
+    body = []
     for name, runs in groups.items():
         marks = [(runs, KEYS[unit], at) for at in counts]
         marks += [(timed(runs), "seconds", at) for at in seconds]
@@ -217,14 +222,14 @@ def milestones(results: Results) -> str:
         ]
         quiet = (*timed(runs), {})[0]
         known = [(quiet if key == "compile_seconds" else runs[0], key) for key in about]
-        lines.append(
+        body.append(
             (
                 label(name),
                 *(_shown(mean, digits) for mean in means),
                 *(_shown(one.get(key, np.nan), 1) for one, key in known),
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return markdown_table(("training loss", *columns), body)
 
 
 def plot_curves(results: Results, path: Path) -> None:

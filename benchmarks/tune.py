@@ -118,10 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seed=1000 * options.steps + len(study.trials),  # else draws come again
             )
             if not study.trials:
-                space = CONTESTANTS[name].space
-                study.enqueue_trial(
-                    {key: range_.first for key, range_ in space.items()}
-                )
+                study.enqueue_trial(CONTESTANTS[name].first())
                 if before := read(path).get(name):
                     study.enqueue_trial(before["settings"], skip_if_exists=True)
             finished = [t for t in study.trials if t.state.is_finished()]
