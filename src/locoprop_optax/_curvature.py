@@ -8,10 +8,13 @@ outputs to the loss, convex in them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 from locoprop_optax._dtypes import at_least_float32
@@ -34,6 +37,7 @@ class Curvature(NamedTuple):
       push: from a change of the parameters, by layer and name, to that of the model's
         outputs.
       curve: from a change of the outputs to that of the loss's gradient in them.
+      after: from a change of the parameters to the loss after it.
     """
 
     value: jax.Array
@@ -41,21 +45,23 @@ class Curvature(NamedTuple):
     loss_gradient: Any
     push: Callable[[Layers], Any]
     curve: Callable[[Any], Any]
+    after: Callable[[Layers], jax.Array]
 
     def at(self, params: Any) -> Linearization:
         """The same for changes in the form of `params`, of which some may be masked."""
 
-        def push(change):
+        def by_layer(change):
             moved = layers_of(change)
-            return self.push(
-                {
-                    path: {
-                        name: _as(moved.get(path, {}).get(name), leaf)
-                        for name, leaf in leaves.items()
-                    }
-                    for path, leaves in self.gradient.items()
+            return {
+                path: {
+                    name: _as(moved.get(path, {}).get(name), leaf)
+                    for name, leaf in leaves.items()
                 }
-            )
+                for path, leaves in self.gradient.items()
+            }
+
+        def push(change):
+            return self.push(by_layer(change))
 
         seen = {
             path: {name: self.gradient[path][name] for name in leaves}
@@ -68,6 +74,7 @@ class Curvature(NamedTuple):
             push,
             lambda cotangents: jax.linear_transpose(push, params)(cotangents)[0],
             self.curve,
+            lambda change: self.after(by_layer(change)),
             gradient,
         )
 
@@ -85,13 +92,14 @@ def join_curvatures(parts: Sequence[Curvature]) -> Curvature:
     def mean(*leaves):
         return share * sum(leaves)
 
-    values, gradients, loss_gradients, pushes, curves = zip(*parts, strict=True)
+    values, gradients, loss_gradients, pushes, curves, afters = zip(*parts, strict=True)
     return Curvature(
         value=jnp.asarray(mean(*values)),
         gradient=jax.tree.map(mean, *gradients),
         loss_gradient=jax.tree.map(lambda leaf: share * leaf, list(loss_gradients)),
         push=jax.tree_util.Partial(_push_all, list(pushes)),
         curve=jax.tree_util.Partial(_curve_all, list(curves)),
+        after=jax.tree_util.Partial(_mean_after, list(afters)),
     )
 
 
@@ -104,18 +112,24 @@ def _curve_all(curves: Sequence[Callable[[Any], Any]], changes: list[Any]) -> li
     return jax.tree.map(lambda leaf: leaf / len(curves), curved)
 
 
+def _mean_after(afters: Sequence[Callable[[Any], Any]], change: Any) -> jax.Array:
+    return jnp.mean(jnp.stack([after(change) for after in afters]))
+
+
 class PartedLoss(NamedTuple):
     """A loss in two parts, for one batch.
 
     Attributes:
       outputs_of: from parameters, by layer and name, to the outputs of each last call.
       loss_of: from these to the loss.
+      total: from parameters, by layer and name, to the loss.
       transfers: the function of which the loss is the matching loss, for each.
       held: the arrays that the loss is closed over, the batch among them.
     """
 
     outputs_of: Callable[[Layers], dict[CallOf, jax.Array]]
     loss_of: Callable[[dict[CallOf, jax.Array]], jax.Array]
+    total: Callable[[Layers], jax.Array]
     transfers: Mapping[CallOf, Transfer]
     held: Sequence[Any]
 
@@ -150,6 +164,7 @@ def part(
     given: set[Any] = {*graph.inputs, *graph.held}
     tail = graph.leading_to([loss], given | set(ends.values()))
     head = graph.leading_to(ends.values(), given)
+    whole = graph.leading_to([loss], given)
     _check_only_last(tail)
 
     def values_of(layers):
@@ -163,7 +178,10 @@ def part(
         at_ends = {ends[c]: a.astype(avals[c].dtype) for c, a in outputs.items()}
         return run(tail, {**values_of(layers), **at_ends})[loss]
 
-    return PartedLoss(outputs_of, loss_of, transfers, list(graph.held.values()))
+    def total(layers):
+        return run(whole, values_of(layers))[loss]
+
+    return PartedLoss(outputs_of, loss_of, total, transfers, list(graph.held.values()))
 
 
 def _check_only_last(tail: Sequence[Equation]) -> None:
@@ -186,7 +204,18 @@ def curvature_at(parted: PartedLoss, layers: Layers, gradient: Layers) -> Curvat
     )
     loss_gradient, curve = jax.linearize(jax.grad(parted.loss_of), outputs)
     value = parted.loss_of(outputs)
-    return Curvature(value, gradient, loss_gradient, push, curve)
+
+    def reached(change: Any) -> jax.Array:
+        moved: Any = optax.apply_updates(layers, change)
+        return parted.total(moved)
+
+    traced = jax.make_jaxpr(reached)(layers)
+    after = jax.tree_util.Partial(partial(_loss_after, traced.jaxpr), traced.consts)
+    return Curvature(value, gradient, loss_gradient, push, curve, after)
+
+
+def _loss_after(jaxpr: core.Jaxpr, consts: Sequence[Any], change: Layers) -> jax.Array:
+    return eval_jaxpr(jaxpr, consts, *jax.tree.leaves(change))[0]
 
 
 def sampled_at_outputs(parted: PartedLoss, layers: Layers) -> dict[CallOf, jax.Array]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from locoprop_optax._dtypes import at_least_float32
@@ -37,6 +38,7 @@ class Linearization(NamedTuple):
       push: from a change of the parameters, in any dtypes, to that of the outputs, J.
       pull: from cotangents of the outputs to the parameters', the transpose of J.
       curve: from a change of the outputs to that of the loss's gradient, H.
+      after: from a change of the parameters to the loss after it.
       gradient: of the loss in the parameters, where it is known otherwise.
     """
 
@@ -45,6 +47,7 @@ class Linearization(NamedTuple):
     push: Callable[[Any], Any]
     pull: Callable[[Any], Any]
     curve: Callable[[Any], Any]
+    after: Callable[[Any], Array]
     gradient: Any = None
 
     @classmethod
@@ -55,9 +58,14 @@ class Linearization(NamedTuple):
         params: Any,
     ) -> Linearization:
         """Linearizes the model at the parameters and the loss's gradient there."""
-        outputs, linear = jax.linearize(
-            lambda params: at_least_float32(model_fn(params)), params
-        )
+
+        def outputs_of(params):
+            return at_least_float32(model_fn(params))
+
+        def after(change):
+            return loss_fn(outputs_of(optax.apply_updates(params, change)))
+
+        outputs, linear = jax.linearize(outputs_of, params)
         loss_gradient, curve = jax.linearize(jax.grad(loss_fn), outputs)
         transposed = jax.linear_transpose(linear, params)
 
@@ -67,7 +75,7 @@ class Linearization(NamedTuple):
         def pull(cotangents):
             return transposed(cotangents)[0]
 
-        return cls(loss_fn(outputs), loss_gradient, push, pull, curve)
+        return cls(loss_fn(outputs), loss_gradient, push, pull, curve, after)
 
 
 def inner(first: Any, second: Any) -> Array:

@@ -103,7 +103,9 @@ def locoprop(
             precision=precision,
             diagnostics=diagnostics,
         ),
-        scale_by_quadratic_model(learning_rate, damping=0.0, damping_decay=1.0),
+        scale_by_quadratic_model(
+            learning_rate, damping=0.0, damping_decay=1.0, shorten=True
+        ),
         optax.add_decayed_weights(decay),
     )
     return with_fallback(local, fallback, LayerSelection(include, exclude))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from locoprop_optax._backtracking import MOST_HALVINGS, grown, taken
 from locoprop_optax._dtypes import at_least_float32
 from locoprop_optax._gauss_newton import Linearization, coefficients, on_the_plane
 from locoprop_optax._hyperparams import (
@@ -47,6 +48,7 @@ class ScaleByQuadraticModelState(NamedTuple):
       momentum: :math:`\rho` of the last step.
       ratio: the loss's change over the model's, when it was last compared; 0 before
         and where the model promised no fall.
+      share: :math:`\alpha` of the last step.
       skipped: how many steps were skipped because something was not finite.
     """
 
@@ -57,6 +59,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     step_size: Float[Array, ""]
     momentum: Float[Array, ""]
     ratio: Float[Array, ""]
+    share: Float[Array, ""]
     skipped: Int[Array, ""]
 
 
@@ -73,6 +76,7 @@ def scale_by_quadratic_model(
     adapt_every: int = 5,
     trusted: tuple[float, float] = (0.25, 0.75),
     damping_range: tuple[float, float] = (1e-8, 1e8),
+    shorten: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Step size and momentum for any direction, with no rate to tune.
 
@@ -91,11 +95,15 @@ def scale_by_quadratic_model(
     Every few steps the change of the loss is compared with :math:`q`, and
     :math:`\lambda` adapted. It must be the last of a chain: its updates are ready for
     `optax.apply_updates`, and the comparison needs the real step. It costs two
-    forward-mode products a step. Where z adds nothing to the span, as at the first
-    step, it minimizes along d alone.
+    forward-mode products a step, and a pass forward for each comparison. Where z adds
+    nothing to the span, as at the first step, it minimizes along d alone.
 
     Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
-    `damping_decay=1.0` do best: :math:`\lambda` stays at zero, and nothing is compared.
+    `damping_decay=1.0` do best: :math:`\lambda` stays at zero. With `shorten`, the
+    step is :math:`\alpha \eta z`: where the loss falls by less than the first of
+    `trusted` of what :math:`q` promises, :math:`\alpha` is halved until it does not,
+    at most ten times. The next step tries 1.5 times that share, up to the whole, and
+    is compared, too, until one is taken whole.
 
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
@@ -110,13 +118,15 @@ def scale_by_quadratic_model(
       trusted: the ratio of the loss's change to the model's below which
         :math:`\lambda` grows, and that above which it shrinks.
       damping_range: the least and the largest :math:`\lambda`.
+      shorten: whether steps are shortened that do not do what the model promises. The
+        loss may rise by a thousandth, as rounding can cause that. Default: False.
 
     Returns:
       A transformation whose `update` takes `params`, `model_fn`, a function from
       parameters to the model's outputs, any tree, and `loss_fn`, one from outputs to a
       scalar, convex and twice differentiable; outputs of fewer bits reach it in
-      float32. Both are closed over the batch. If :math:`\lambda` stays as it is,
-      `intermediates` with the loss's curvature can take their place, from
+      float32. Both are closed over the batch. `intermediates` with the loss's
+      curvature can take their place, from
       `linen.value_and_grad(loss_fn, curvature=True)`. Steps that are not finite, or
       lead to a loss that is not, are skipped, and :math:`\lambda` grows; it grows, too,
       where the model does not expect the loss to fall.
@@ -162,6 +172,7 @@ def scale_by_quadratic_model(
         adapt_every=adapt_every,
         trusted=trusted,
         damping_range=damping_range,
+        shorten=shorten,
     )
 
 
@@ -176,6 +187,7 @@ def minimize_along(
     adapt_every: int,
     trusted: tuple[float, float],
     damping_range: tuple[float, float],
+    shorten: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimizes the damped model over the span of a direction and the last step.
 
@@ -190,6 +202,7 @@ def minimize_along(
       adapt_every: as there.
       trusted: as there.
       damping_range: as there.
+      shorten: as there.
     """
     check_positive("learning_rate", learning_rate)
     check_not_negative("damping", damping)
@@ -198,6 +211,7 @@ def minimize_along(
         raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
     _check_interval("trusted", trusted)
     _check_interval("damping_range", damping_range)
+    adapts = damping_decay != 1
 
     def init(params):
         def zero():
@@ -211,6 +225,7 @@ def minimize_along(
             step_size=zero(),
             momentum=zero(),
             ratio=zero(),
+            share=jnp.ones((), jnp.float32),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -227,9 +242,7 @@ def minimize_along(
         del extra_args
         if params is None:
             raise TypeError("update needs `params`.")
-        linear, loss_at = _linearized(
-            params, model_fn, loss_fn, intermediates, adapts=damping_decay != 1
-        )
+        linear = _linearized(params, model_fn, loss_fn, intermediates)
         z, strength = state.velocity, state.damping
         d, gradient = direction(linear, updates, z, strength)
         matrix, slopes = on_the_plane(linear, gradient, d, z, strength)
@@ -242,28 +255,41 @@ def minimize_along(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
         rate = at(learning_rate, state.count)
-        step = jax.tree.map(lambda v, p: (rate * v).astype(p.dtype), moved, params)
         plane = jnp.stack([-beta, rho])
-        expected = rate * plane @ slopes + 0.5 * rate**2 * plane @ matrix @ plane
+        slope, curved = plane @ slopes, plane @ matrix @ plane
 
-        def compare():
-            new = loss_at(optax.apply_updates(params, step))
-            arrives, falls = jnp.isfinite(new), expected < 0
-            change = (new - linear.value) / jnp.where(falls, expected, 1.0)
-            ratio = jnp.where(arrives & falls, change, 0.0)
-            return ratio.astype(jnp.float32), arrives
+        def step_of(share):
+            return jax.tree.map(
+                lambda v, p: (share * rate * v).astype(p.dtype), moved, params
+            )
+
+        def expected(share):
+            length = share * rate
+            return length * slope + 0.5 * length**2 * curved
 
         compared = state.count % adapt_every == 0
-        ratio, arrives = state.ratio, jnp.asarray(True)
-        if loss_at is not None:
-            keep = (ratio, arrives)
-            ratio, arrives = jax.lax.cond(compared, compare, lambda: keep)
-        finite = jnp.isfinite(linear.value) & all_finite(moved) & arrives
+        known = jnp.isfinite(linear.value) & all_finite(moved)
+        first = grown(state.share)
+        looks = known & ((compared & (adapts | shorten)) | (first < 1))
+        share, change = taken(
+            lambda share: linear.after(step_of(share)) - linear.value,
+            expected,
+            first,
+            value=linear.value,
+            least_ratio=trusted[0],
+            looks=looks,
+            halvings=MOST_HALVINGS if shorten else 0,
+        )
+        promise = expected(share)
+        falls, finite = promise < 0, known & jnp.isfinite(change)
+        ratio = jnp.where(falls & finite, change / jnp.where(falls, promise, 1.0), 0.0)
+        ratio = jnp.where(looks, ratio, state.ratio).astype(jnp.float32)
         factor = damping_decay**adapt_every
         grows = (compared & ~(ratio >= trusted[0])) | ~finite
         shrinks = compared & finite & (ratio > trusted[1])
-        change = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
-        adapted = jnp.clip(strength * change, *damping_range)
+        scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
+        adapted = jnp.clip(strength * scale, *damping_range)
+        step = step_of(share)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
@@ -272,6 +298,7 @@ def minimize_along(
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
             ratio=ratio,
+            share=share.astype(jnp.float32),
             skipped=increased(state.skipped, ~finite),
         )
         nothing = jax.tree.map(jnp.zeros_like, step)
@@ -300,25 +327,22 @@ def _check_whole(params: Any) -> None:
 
 
 def _linearized(
-    params: Any, model_fn: Any, loss_fn: Any, intermediates: Any, *, adapts: bool
-) -> tuple[Linearization, Any]:
-    """The loss near the parameters, and at others if that can be computed."""
+    params: Any, model_fn: Any, loss_fn: Any, intermediates: Any
+) -> Linearization:
+    """The loss near the parameters, by hand or from the intermediates."""
     curvature = getattr(intermediates, "curvature", None)
-    by_hand = (model_fn, loss_fn) != (None, None)
-    if curvature is not None and not by_hand and not adapts:
-        return curvature.at(params), None
+    if curvature is not None and (model_fn, loss_fn) == (None, None):
+        return curvature.at(params)
     for name, value in {"model_fn": model_fn, "loss_fn": loss_fn}.items():
         if value is None:
             raise TypeError(
                 f"update needs the curvature of the loss, or `{name}`. Take the "
                 "intermediates from loco.linen.value_and_grad(loss_fn, curvature=True) "
-                "or nnx.value_and_grad; scale_by_quadratic_model then takes "
-                "damping_decay=1, as no loss is computed after the step. Or call "
+                "or nnx.value_and_grad. Or call "
                 "tx.update(updates, state, params, model_fn=..., loss_fn=...) with a "
                 "function from parameters to outputs and one from outputs to the loss, "
                 "both closed over the batch, as model_and_loss makes them. "
                 "loco.locoprop_momentum needs neither."
             )
     _check_whole(params)
-    linear = Linearization.of(model_fn, loss_fn, params)
-    return linear, lambda params: loss_fn(at_least_float32(model_fn(params)))
+    return Linearization.of(model_fn, loss_fn, params)
