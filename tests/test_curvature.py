@@ -98,6 +98,9 @@ def test_products_are_those_of_a_model_and_a_loss_by_hand(cost):
             atol=1e-12,
         )
         np.testing.assert_allclose(found.value, loss)
+        reached = cost(model_fn(optax.apply_updates(params, change)))
+        for linear in (found, by_hand):
+            np.testing.assert_allclose(linear.after(change), reached, rtol=1e-9)
         np.testing.assert_allclose(
             ravel_pytree(found.gradient)[0], ravel_pytree(grads)[0]
         )
@@ -143,6 +146,8 @@ def test_penalties_are_in_the_gradient_and_not_in_the_curvature():
     found = intermediates.curvature
     change = layers_of(change_of(PARAMS))
     np.testing.assert_allclose(loss, found.value, rtol=1e-6)
+    reached = penalized(optax.apply_updates(PARAMS, change_of(PARAMS)))
+    np.testing.assert_allclose(found.after(change), reached, rtol=1e-5)
     for path, leaves in layers_of(grads).items():
         for name, leaf in leaves.items():
             np.testing.assert_allclose(found.gradient[path][name], leaf)
@@ -152,6 +157,17 @@ def test_penalties_are_in_the_gradient_and_not_in_the_curvature():
         (found.curve(pushed), plain.curve(pushed)),
     ):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
+
+
+def test_hidden_parameters_stay_where_they_are():
+    curvature = captured(classes)[2].curvature
+    assert curvature is not None
+    change = change_of(PARAMS)
+    hidden = change | {"Dense_1": optax.MaskedNode()}
+    still = change | {"Dense_1": jax.tree.map(jnp.zeros_like, PARAMS["Dense_1"])}
+    reached = classes(model_fn(optax.apply_updates(PARAMS, still)))
+    linear = curvature.at(PARAMS | {"Dense_1": optax.MaskedNode()})
+    np.testing.assert_allclose(linear.after(hidden), reached, rtol=1e-5)
 
 
 def test_several_last_layers_are_outputs_together():
@@ -235,7 +251,8 @@ def test_the_joined_curvature_is_that_of_the_large_batch():
     for curvature in (whole, joined):
         linear = curvature.at(params)
         product = linear.pull(linear.curve(linear.push(change)))
-        products.append(ravel_pytree((product, linear.gradient, linear.value))[0])
+        scalars = (linear.value, linear.after(change))
+        products.append(ravel_pytree((product, linear.gradient, scalars))[0])
     np.testing.assert_allclose(products[0], products[1], rtol=1e-5, atol=1e-7)
 
 

@@ -1,0 +1,148 @@
+"""How much of a step is taken."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import locoprop_optax as loco
+from locoprop_optax._backtracking import MOST_HALVINGS, ROUNDING, grown, taken
+from tests.helpers import train_step
+
+
+def chosen(change, *, share=1.0, looks=True, halvings=MOST_HALVINGS, value=0.0):
+    """Of a step of which the model promises a fall by its share."""
+    share, change = taken(
+        change,
+        lambda share: -share,
+        jnp.asarray(share),
+        value=jnp.asarray(value),
+        least_ratio=0.25,
+        looks=jnp.asarray(looks),
+        halvings=halvings,
+    )
+    return float(share), float(change)
+
+
+@given(st.floats(0.01, 1.0), st.floats(0.0, 50.0))
+def test_it_is_the_largest_half_of_a_half_that_keeps_the_promise(first, bend):
+    """Of the loss that changes by -a + bend a², which falls enough below 0.75 / bend"""
+    share, change = chosen(lambda a: -a + bend * a**2, share=first)
+    first, bend = np.float32(first), np.float32(bend)
+    expected = first
+    while -expected + bend * expected**2 > -0.25 * expected:
+        expected /= 2
+    np.testing.assert_allclose(share, expected)
+    np.testing.assert_allclose(change, -share + bend * share**2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_disappoints():
+    share, change = chosen(lambda a: jnp.where(a > 0.2, jnp.nan, -a))
+    assert (share, change) == (0.125, -0.125)
+
+
+def test_a_rise_that_rounding_can_cause_is_let_pass():
+    for rise, whole in ((0.5, True), (2.0, False)):
+        share, _ = chosen(lambda a, rise=rise: rise * ROUNDING - 0.25 * a, value=1.0)
+        assert (share == 1.0) == whole
+
+
+def test_halving_ends():
+    share, change = chosen(lambda a: 1.0 + 0 * a)
+    assert (share, change) == (0.5**MOST_HALVINGS, 1.0)
+
+
+def test_without_halving_the_change_alone_is_computed():
+    assert chosen(lambda a: 3 * a, share=0.5, halvings=0) == (0.5, 1.5)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_without_looking_nothing_is_computed(looks):
+    seen = []
+
+    def change(share):
+        jax.debug.callback(lambda share: seen.append(float(share)), share)
+        return 3 * share
+
+    chosen(change, looks=looks, halvings=0)
+    jax.effects_barrier()
+    assert seen == ([1.0] if looks else [])
+
+
+def test_the_share_grows_to_the_whole():
+    shares = [jnp.asarray(0.3)]
+    for _ in range(4):
+        shares.append(grown(shares[-1]))
+    np.testing.assert_allclose(shares, [0.3, 0.45, 0.675, 1.0, 1.0], rtol=1e-6)
+
+
+class DeepAutoencoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for width in (64, 64, 32, 32, 8, 32, 32, 64, 64):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(64)(x)
+
+
+def deep_autoencoder(seed):
+    """A loss, parameters and a batch of waves with four directions."""
+    keys = jax.random.split(jax.random.key(seed))
+    codes = jax.random.normal(keys[0], (128, 4))
+    x = jax.nn.sigmoid(3 * jnp.sin(codes @ jax.random.normal(keys[1], (4, 64))))
+    model = DeepAutoencoder()
+
+    def loss_fn(params, x):
+        losses = optax.sigmoid_binary_cross_entropy(model.apply(params, x), x)
+        return jnp.mean(jnp.sum(losses, axis=-1))
+
+    return loss_fn, model.init(jax.random.key(seed + 1), x), x
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_locoprop_does_not_diverge_where_its_model_does_not_hold(seed):
+    """Whole steps lead to a loss of millions, then to none that is finite."""
+    loss_fn, params, x = deep_autoencoder(seed)
+    tx = loco.locoprop()
+    step, state, losses = jax.jit(train_step(loss_fn, tx, True)), tx.init(params), []
+    shares = []
+    for _ in range(20):
+        params, state, loss = step(params, state, x)
+        losses.append(float(loss))
+        shares.append(float(optax.tree.get(state, "share")))
+    assert max(losses) < 1.02 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
+    assert min(shares) < 1 == shares[-1]
+
+
+def test_a_linear_model_is_solved_in_whole_steps():
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+    y = x @ jnp.ones((4, 2))
+    model = nn.Dense(2, kernel_init=nn.initializers.zeros)
+    params = model.init(jax.random.key(1), x)
+
+    def loss_fn(params, batch):
+        return jnp.mean((model.apply(params, batch[0]) - batch[1]) ** 2)
+
+    tx = loco.locoprop()
+    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(params)
+    for _ in range(4):
+        params, state, _ = step(params, state, (x, y))
+        assert optax.tree.get(state, "share") == 1
+    assert loss_fn(params, (x, y)) < 1e-3
+
+
+def test_a_batch_that_is_not_finite_leaves_the_share():
+    loss_fn, params, x = deep_autoencoder(0)
+    tx = loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0, shorten=True)
+    capture = jax.jit(loco.linen.value_and_grad(loss_fn, curvature=True))
+    _, grads, intermediates = capture(params, x.at[0, 0].set(jnp.nan))
+    updates, state = tx.update(
+        grads, tx.init(params), params, intermediates=intermediates
+    )
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    assert (state.share, state.skipped) == (1, 1)
