@@ -32,12 +32,15 @@ def locoprop(
 
     .. math::
       z \leftarrow \rho z - \beta d, \qquad
-      \theta \leftarrow \theta + \eta\, z - \eta \lambda_w \theta
+      \theta \leftarrow \theta + \alpha \eta\, z - \eta \lambda_w \theta
+
+    The share :math:`\alpha` is 1, but where the loss of the batch would not fall as the
+    model promises.
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
-        decay to zero helps where batches are small; a warm-up where the model holds
-        only for small steps at first, as with relu. Default: 1, all of it.
+        decay to zero helps in long training and where batches are small. Default: 1,
+        all of it.
       loss: the local loss. Default: `losses.matching_loss()`.
       target: the local target. Default: `targets.natural_gradient(1.0, damping=0.5)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
