@@ -211,7 +211,13 @@ def minimize_along(
         raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
     _check_interval("trusted", trusted)
     _check_interval("damping_range", damping_range)
-    adapts = damping_decay != 1
+    adapts, factor = damping_decay != 1, damping_decay**adapt_every
+
+    def adapted(strength, ratio, compared, finite):
+        grows = (compared & ~(ratio >= trusted[0])) | ~finite
+        shrinks = compared & finite & (ratio > trusted[1])
+        scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
+        return jnp.where(adapts, jnp.clip(strength * scale, *damping_range), strength)
 
     def init(params):
         def zero():
@@ -280,20 +286,14 @@ def minimize_along(
             looks=looks,
             halvings=MOST_HALVINGS if shorten else 0,
         )
-        promise = expected(share)
-        falls, finite = promise < 0, known & jnp.isfinite(change)
-        ratio = jnp.where(falls & finite, change / jnp.where(falls, promise, 1.0), 0.0)
-        ratio = jnp.where(looks, ratio, state.ratio).astype(jnp.float32)
-        factor = damping_decay**adapt_every
-        grows = (compared & ~(ratio >= trusted[0])) | ~finite
-        shrinks = compared & finite & (ratio > trusted[1])
-        scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
-        adapted = jnp.clip(strength * scale, *damping_range)
+        finite = known & jnp.isfinite(change)
+        measured = jnp.where(finite, _ratio(change, expected(share)), 0.0)
+        ratio = jnp.where(looks, measured, state.ratio).astype(jnp.float32)
         step = step_of(share)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
-            damping=jnp.where(factor == 1, strength, adapted),
+            damping=adapted(strength, ratio, compared, finite),
             value=linear.value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
@@ -305,6 +305,12 @@ def minimize_along(
         return optax.tree.where(finite, step, nothing), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _ratio(change: Array, expected: Array) -> Array:
+    """The loss's change over the model's; 0 where that is no fall."""
+    falls = expected < 0
+    return jnp.where(falls, change / jnp.where(falls, expected, 1.0), 0.0)
 
 
 def _check_interval(name: str, interval: tuple[float, float]) -> None:
