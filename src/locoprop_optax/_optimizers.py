@@ -34,8 +34,7 @@ def locoprop(
       z \leftarrow \rho z - \beta d, \qquad
       \theta \leftarrow \theta + \alpha \eta\, z - \eta \lambda_w \theta
 
-    The share :math:`\alpha` is 1, but where the loss of the batch would not fall as the
-    model promises.
+    The share :math:`\alpha` is 1, but where the loss of the batch would rise.
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A

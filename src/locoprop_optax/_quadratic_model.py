@@ -100,10 +100,9 @@ def scale_by_quadratic_model(
 
     Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
     `damping_decay=1.0` do best: :math:`\lambda` stays at zero. With `shorten`, the
-    step is :math:`\alpha \eta z`: where the loss falls by less than the first of
-    `trusted` of what :math:`q` promises, :math:`\alpha` is halved until it does not,
-    at most ten times. The next step tries 1.5 times that share, up to the whole, and
-    is compared, too, until one is taken whole.
+    step is :math:`\alpha \eta z`: where the loss would rise, :math:`\alpha` is halved
+    until it does not, at most ten times. The next step tries 1.5 times that share, up
+    to the whole, and is compared, too, until one is taken whole.
 
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
@@ -118,8 +117,8 @@ def scale_by_quadratic_model(
       trusted: the ratio of the loss's change to the model's below which
         :math:`\lambda` grows, and that above which it shrinks.
       damping_range: the least and the largest :math:`\lambda`.
-      shorten: whether steps are shortened that do not do what the model promises. The
-        loss may rise by a thousandth, as rounding can cause that. Default: False.
+      shorten: whether steps are shortened after which the loss, of the same batch,
+        would rise by more than a thousandth; rounding can cause less. Default: False.
 
     Returns:
       A transformation whose `update` takes `params`, `model_fn`, a function from
@@ -279,10 +278,8 @@ def minimize_along(
         looks = known & ((compared & (adapts | shorten)) | (first < 1))
         share, change = taken(
             lambda share: linear.after(step_of(share)) - linear.value,
-            expected,
             first,
-            value=linear.value,
-            least_ratio=trusted[0],
+            linear.value,
             looks=looks,
             halvings=MOST_HALVINGS if shorten else 0,
         )
