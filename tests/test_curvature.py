@@ -170,6 +170,15 @@ def test_hidden_parameters_stay_where_they_are():
     np.testing.assert_allclose(linear.after(hidden), reached, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_loss_of_a_bad_batch_is_known_without_jit_too(bad):
+    broken = X.at[0, 0].set(bad)
+    capture = loco.linen.value_and_grad(
+        lambda p: jnp.mean((model_fn(p, broken) - broken[:, :3]) ** 2), curvature=True
+    )
+    assert not np.isfinite(capture(PARAMS)[2].curvature.value)
+
+
 def test_several_last_layers_are_outputs_together():
     class TwoHeads(nn.Module):
         @nn.compact

@@ -287,7 +287,7 @@ def _matching_of_loss(
     equations, given = _needed_for(graph, tail, start)
     others = {
         number: graph.constants[number]
-        if number in graph.constants
+        if _is_usable(graph.constants.get(number))
         else _stand_in(graph.avals[number], rng)
         for number in sorted(given)
     }
@@ -345,6 +345,14 @@ def _needed_for(
             needed.update(i for i in equation.inputs if isinstance(i, int))
     made = {start}.union(*(equation.outputs for equation in equations))
     return equations[::-1], needed - made
+
+
+def _is_usable(constant: Any) -> bool:
+    """Whether it is known, and not of a batch with a bad number in it."""
+    if constant is None:
+        return False
+    plain = not _is_float(jnp.result_type(constant))
+    return plain or bool(np.isfinite(np.asarray(constant, np.float64)).all())
 
 
 def _stand_in(aval: Any, rng: np.random.Generator) -> Any:
