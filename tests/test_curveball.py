@@ -237,18 +237,19 @@ def test_broken_batches_are_skipped_and_the_damping_grows():
     assert any(np.any(u) for u in jax.tree.leaves(updates))
 
 
-def test_a_step_to_where_the_loss_is_not_finite_is_skipped():
+@pytest.mark.parametrize("decay", [0.999, 1.0])
+def test_a_step_to_where_the_loss_is_not_finite_is_skipped(decay):
     def barrier(
         outputs,
     ):  # convex where it is finite; a Newton step from 30 leads to -30
         return jnp.sum(0.1 * outputs - jnp.log(outputs))
 
     params = {"w": jnp.array([30.0])}
-    tx = loco.curveball(damping=1e-9, damping_range=(1e-12, 1.0))
+    tx = loco.curveball(damping=1e-9, damping_decay=decay, damping_range=(1e-12, 1.0))
     ((_, updates, state),) = steps_of(tx, lambda p: p["w"], barrier, params, 1)
     assert updates["w"] == 0
     assert state.skipped == 1
-    np.testing.assert_allclose(state.damping, 1e-9 / 0.999**5, rtol=1e-6)
+    np.testing.assert_allclose(state.damping, 1e-9 / decay**5, rtol=1e-6)
 
 
 def test_a_predicted_rise_is_no_reason_to_skip():

@@ -9,46 +9,52 @@ from jaxtyping import Array, Bool, Float
 
 Scalar: TypeAlias = Float[Array, ""]
 
-MOST_HALVINGS = 10
+LEAST = 1 / 64  # of a step
 GROWTH = 1.5  # of the share from one step to the next, up to the whole
 ROUNDING = 1e-3  # of the loss, by which it may rise
+RISEN = 2.0  # the loss over that of the last batch, which differs from it anyway
 
 
-def grown(share: Scalar) -> Scalar:
-    """The share of a step that is tried first after one of which `share` was taken."""
-    return jnp.minimum(1.0, GROWTH * share)
+def first_share(last: Scalar) -> Scalar:
+    """What is tried first of a step after one of which the share `last` was taken."""
+    return jnp.minimum(1.0, GROWTH * last)
 
 
-def taken(
+def in_doubt(share: Scalar, value: Scalar, last: Scalar) -> Bool[Array, ""]:
+    """Whether a step has to be looked at: the last was shortened, or the loss rose."""
+    return (share < 1) | (value > RISEN * last)
+
+
+def backtrack(
     change_after: Callable[[Scalar], Scalar],
     share: Scalar,
     value: Scalar,
     *,
     looks: Bool[Array, ""],
-    halvings: int,
+    halves: bool,
 ) -> tuple[Scalar, Scalar]:
     """The share of a step that is taken, and the change of the loss after it.
 
     Args:
       change_after: from a share to the loss's change, one pass forward.
-      share: what is tried first, and halved while the loss rises by more than rounding
-        can cause, or is not finite.
+      share: what is tried first.
       value: the loss before.
       looks: whether the loss is computed at all. If not, the share is that tried first
         and the change zero.
-      halvings: the most there may be; 0 to compute the change alone.
+      halves: whether the share is halved, down to the least, while the loss rises by
+        more than rounding can cause, or is not finite.
     """
 
     def goes_on(tried):
-        count, _, change = tried
+        looked, share, change = tried
         rises = ~(change <= ROUNDING * jnp.abs(value))
-        return looks & ((count == 0) | ((count <= halvings) & rises))
+        return looks & (~looked | (halves & rises & (share > LEAST)))
 
     def attempt(tried):
-        count, share, _ = tried
-        share = jnp.where(count == 0, share, share / 2)
-        return count + 1, share, change_after(share).astype(value.dtype)
+        looked, share, _ = tried
+        share = jnp.where(looked, jnp.maximum(share / 2, LEAST), share)
+        return jnp.asarray(True), share, change_after(share).astype(value.dtype)
 
-    start = (jnp.zeros((), jnp.int32), share, jnp.zeros_like(value))
+    start = (jnp.asarray(False), share, jnp.zeros_like(value))
     _, share, change = jax.lax.while_loop(goes_on, attempt, start)
     return share, change

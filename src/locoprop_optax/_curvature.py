@@ -203,7 +203,6 @@ def curvature_at(parted: PartedLoss, layers: Layers, gradient: Layers) -> Curvat
         lambda layers: at_least_float32(parted.outputs_of(layers)), layers
     )
     loss_gradient, curve = jax.linearize(jax.grad(parted.loss_of), outputs)
-    value = parted.loss_of(outputs)
 
     def reached(change: Any) -> jax.Array:
         moved: Any = optax.apply_updates(layers, change)
@@ -211,6 +210,7 @@ def curvature_at(parted: PartedLoss, layers: Layers, gradient: Layers) -> Curvat
 
     traced = jax.make_jaxpr(reached)(layers)
     after = jax.tree_util.Partial(partial(_loss_after, traced.jaxpr), traced.consts)
+    value = parted.total(layers)  # computed as `after` computes it
     return Curvature(value, gradient, loss_gradient, push, curve, after)
 
 

@@ -75,7 +75,8 @@ class Linearization(NamedTuple):
         def pull(cotangents):
             return transposed(cotangents)[0]
 
-        return cls(loss_fn(outputs), loss_gradient, push, pull, curve, after)
+        value = loss_fn(outputs_of(params))  # computed as `after` computes it
+        return cls(value, loss_gradient, push, pull, curve, after)
 
 
 def inner(first: Any, second: Any) -> Array:

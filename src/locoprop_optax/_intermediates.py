@@ -165,7 +165,8 @@ def add_curvature(intermediates: Intermediates, part: Intermediates) -> Intermed
     """Adds the curvature that was captured on a part of the batch.
 
     A quarter of the batch is often enough for the sampled cotangents and the curvature,
-    at a quarter of their cost. The gradients stay those of the whole batch.
+    at a quarter of their cost. The gradients stay those of the whole batch; whether a
+    step makes the loss rise is seen on the part.
 
     Args:
       intermediates: from the whole batch.

@@ -34,7 +34,7 @@ def locoprop(
       z \leftarrow \rho z - \beta d, \qquad
       \theta \leftarrow \theta + \alpha \eta\, z - \eta \lambda_w \theta
 
-    The share :math:`\alpha` is 1, but where the loss of the batch would rise.
+    The share :math:`\alpha` is 1, but after a step that would have made the loss rise.
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from locoprop_optax._backtracking import MOST_HALVINGS, grown, taken
+from locoprop_optax._backtracking import backtrack, first_share, in_doubt
 from locoprop_optax._dtypes import at_least_float32
 from locoprop_optax._gauss_newton import Linearization, coefficients, on_the_plane
 from locoprop_optax._hyperparams import (
@@ -46,8 +46,8 @@ class ScaleByQuadraticModelState(NamedTuple):
       value: the loss before the last step.
       step_size: :math:`\beta` of the last step.
       momentum: :math:`\rho` of the last step.
-      ratio: the loss's change over the model's, when it was last compared; 0 before
-        and where the model promised no fall.
+      ratio: the loss's change over the model's, for the share of the step that was
+        taken, when it was last compared; 0 before and where the model promised no fall.
       share: :math:`\alpha` of the last step.
       skipped: how many steps were skipped because something was not finite.
     """
@@ -93,16 +93,17 @@ def scale_by_quadratic_model(
       \hat H = J^\top H J + \lambda I .
 
     Every few steps the change of the loss is compared with :math:`q`, and
-    :math:`\lambda` adapted. It must be the last of a chain: its updates are ready for
-    `optax.apply_updates`, and the comparison needs the real step. It costs two
+    :math:`\lambda` adapted. The comparison is of the step that it returns, for
+    `optax.apply_updates`: what follows it in a chain is not seen. It costs two
     forward-mode products a step, and a pass forward for each comparison. Where z adds
     nothing to the span, as at the first step, it minimizes along d alone.
 
     Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
     `damping_decay=1.0` do best: :math:`\lambda` stays at zero. With `shorten`, the
-    step is :math:`\alpha \eta z`: where the loss would rise, :math:`\alpha` is halved
-    until it does not, at most ten times. The next step tries 1.5 times that share, up
-    to the whole, and is compared, too, until one is taken whole.
+    step is :math:`\alpha \eta z`: where a comparison finds that the loss would rise,
+    :math:`\alpha` is halved until it does not, down to 1/64. The next step tries 1.5
+    times that share and is compared, too, until one is taken whole, and so is a step
+    from a loss that has doubled.
 
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
@@ -117,8 +118,10 @@ def scale_by_quadratic_model(
       trusted: the ratio of the loss's change to the model's below which
         :math:`\lambda` grows, and that above which it shrinks.
       damping_range: the least and the largest :math:`\lambda`.
-      shorten: whether steps are shortened after which the loss, of the same batch,
-        would rise by more than a thousandth; rounding can cause less. Default: False.
+      shorten: whether steps are shortened after which the loss, of the same batch or
+        that part of it whose curvature is given, would rise by more than a thousandth,
+        which rounding can cause. A step that was shortened makes :math:`\lambda` grow,
+        as a bad one does. Default: False.
 
     Returns:
       A transformation whose `update` takes `params`, `model_fn`, a function from
@@ -212,9 +215,9 @@ def minimize_along(
     _check_interval("damping_range", damping_range)
     adapts, factor = damping_decay != 1, damping_decay**adapt_every
 
-    def adapted(strength, ratio, compared, finite):
-        grows = (compared & ~(ratio >= trusted[0])) | ~finite
-        shrinks = compared & finite & (ratio > trusted[1])
+    def adapted(strength, ratio, compared, whole):
+        grows = (compared & ~(ratio >= trusted[0])) | ~whole
+        shrinks = compared & whole & (ratio > trusted[1])
         scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
         return jnp.where(adapts, jnp.clip(strength * scale, *damping_range), strength)
 
@@ -265,37 +268,41 @@ def minimize_along(
 
         def step_of(share):
             return jax.tree.map(
-                lambda v, p: (share * rate * v).astype(p.dtype), moved, params
+                lambda v, p: (share.astype(v.dtype) * rate * v).astype(p.dtype),
+                moved,
+                params,
             )
 
         def expected(share):
             length = share * rate
             return length * slope + 0.5 * length**2 * curved
 
+        first = first_share(state.share)
         compared = state.count % adapt_every == 0
         known = jnp.isfinite(linear.value) & all_finite(moved)
-        first = grown(state.share)
-        looks = known & ((compared & (adapts | shorten)) | (first < 1))
-        share, change = taken(
+        doubted = in_doubt(first, linear.value, state.value)
+        looks = known & (compared | (shorten & doubted))
+        share, change = backtrack(
             lambda share: linear.after(step_of(share)) - linear.value,
             first,
             linear.value,
             looks=looks,
-            halvings=MOST_HALVINGS if shorten else 0,
+            halves=shorten,
         )
         finite = known & jnp.isfinite(change)
+        whole = finite & (share == first)
         measured = jnp.where(finite, _ratio(change, expected(share)), 0.0)
         ratio = jnp.where(looks, measured, state.ratio).astype(jnp.float32)
         step = step_of(share)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
-            damping=adapted(strength, ratio, compared, finite),
+            damping=adapted(strength, ratio, compared, whole),
             value=linear.value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
             ratio=ratio,
-            share=share.astype(jnp.float32),
+            share=jnp.where(known, share, state.share).astype(jnp.float32),
             skipped=increased(state.skipped, ~finite),
         )
         nothing = jax.tree.map(jnp.zeros_like, step)
