@@ -29,6 +29,7 @@ def test_the_page_of_results_is_the_committed_results():
         ("autoencoder_fashion_mnist", report.milestones),
         ("autoencoder_mnist_deeper", report.markdown),
         ("autoencoder_mnist_relu", report.markdown),
+        ("autoencoder_mnist_wider", report.markdown),
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
         ("transformer", report.markdown),
