@@ -213,13 +213,14 @@ def minimize_along(
         raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
     _check_interval("trusted", trusted)
     _check_interval("damping_range", damping_range)
-    adapts, factor = damping_decay != 1, damping_decay**adapt_every
+    factor = damping_decay**adapt_every
 
     def adapted(strength, ratio, compared, whole):
         grows = (compared & ~(ratio >= trusted[0])) | ~whole
         shrinks = compared & whole & (ratio > trusted[1])
         scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
-        return jnp.where(adapts, jnp.clip(strength * scale, *damping_range), strength)
+        bounded = jnp.clip(strength * scale, *damping_range)
+        return jnp.where(factor == 1, strength, bounded)
 
     def init(params):
         def zero():

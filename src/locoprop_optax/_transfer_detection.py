@@ -352,7 +352,7 @@ def _is_usable(constant: Any) -> bool:
     if constant is None:
         return False
     plain = not _is_float(jnp.result_type(constant))
-    return plain or bool(np.isfinite(np.asarray(constant, np.float64)).all())
+    return plain or bool(np.isfinite(np.asarray(constant)).all())
 
 
 def _stand_in(aval: Any, rng: np.random.Generator) -> Any:
