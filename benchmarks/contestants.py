@@ -5,6 +5,7 @@ what optuna draws them from, and which are tried first and stand if none are giv
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -100,12 +101,13 @@ def _locoprop(
     decays: bool = True,
     learning_rate: float = 1.0,
     ema: float = 0.0,
+    stride: int = 1,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
         warmup_then_linear(learning_rate, steps) if decays else learning_rate,
         target=loco.targets.natural_gradient(1.0, target_damping),
-        solver=loco.solvers.majorized_newton(1, damping, ema=ema),
+        solver=loco.solvers.majorized_newton(1, damping, ema=ema, stride=stride),
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
     )
 
@@ -119,12 +121,15 @@ def _locoprop_momentum(
     num_steps: int,
     momentum: float,
     ema: float = 0.0,
+    stride: int = 1,
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop_momentum(
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
-        solver=loco.solvers.majorized_newton(num_steps, damping, ema=ema),
+        solver=loco.solvers.majorized_newton(
+            num_steps, damping, ema=ema, stride=stride
+        ),
         momentum=momentum,
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
     )
@@ -183,6 +188,7 @@ SMALL_BATCHES: Space = {  # and other parameters than those of layers
     "ema": Choice((0.0, 0.9, 0.95, 0.99), 0.0),
     "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3),
 }
+STRIDE = 8  # of the examples that LocoProp's curvature is of, where rows are many
 SOAP: Space = {
     "learning_rate": RATE,
     "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
@@ -281,13 +287,13 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "locoprop_and_adamw": Contestant(
         "locoprop, AdamW for the rest",
-        _locoprop,
+        partial(_locoprop, stride=STRIDE),
         {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **SMALL_BATCHES},
         needs=CURVATURE,
     ),
     "locoprop_momentum_and_adamw": Contestant(
         "locoprop_momentum, AdamW for the rest",
-        _locoprop_momentum,
+        partial(_locoprop_momentum, stride=STRIDE),
         {**LOCOPROP_MOMENTUM, **SMALL_BATCHES},
         needs=INTERMEDIATES,
     ),

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,40 @@ def test_natural_gradient_of_a_convolution_is_kfc():
     expected = np.linalg.solve(omega, gradient) @ np.linalg.inv(gamma)
     found = np.asarray(updates["conv"]["kernel"]).reshape(6, 3)
     np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_known"),
+    [
+        (nn.Dense(6), True),
+        (nn.DenseGeneral((2, 6)), True),
+        (nn.Conv(6, (3,)), True),
+        (nn.Conv(6, (3,), feature_group_count=2), False),
+        (nn.ConvTranspose(6, (3,)), True),
+        (nn.ConvTranspose(6, (3,), transpose_kernel=True), False),
+        (nn.Einsum((6, 6, 6), "bpi,bio->bpo"), True),
+        (nn.Einsum((6, 6), "bpi,oi->bpo"), False),
+        (nn.Einsum((5, 6), "bpi,pi->bpi"), False),
+    ],
+)
+def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_known):
+    model.param_dtype = jnp.float64
+    x = jax.random.normal(jax.random.key(0), (6, 5, 6))
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def loss_fn(params):
+        return jnp.mean(jnp.sin(model.apply({"params": params}, x)))
+
+    _, _, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    (layer,) = intermediates.layers.values()
+    target = loco.targets.natural_gradient(0.5)
+    state = target.init(params["kernel"])
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
+    assert (displacement.gradient is not None) == is_known
+    if is_known:
+        _, pull_back = jax.vjp(lambda p: layer.linear_map(p, layer.inputs), params)
+        (expected,) = pull_back(displacement.outputs)
+        chex.assert_trees_all_close(displacement.gradient, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ class LinearMap(Protocol):
         """
         ...
 
+    @property
+    def ends_in_units(self) -> bool:
+        """Whether kernel and bias end in the output's units, each with its own entries.
+
+        A matrix that mixes the units of cotangents then mixes those of the gradient.
+        """
+        ...
+
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The pre-activation that the parameters give."""
         ...
@@ -125,6 +133,12 @@ class Product:
         return {"kernel": kernel, "bias": bias}
 
     @property
+    def ends_in_units(self) -> bool:
+        """Whether the kernel's last axis is the output's last and not a group's."""
+        last = self.axes[-1]
+        return self.spec.endswith(last) and last in self._kernel_axes[2]
+
+    @property
     def axes(self) -> str:
         """The kernel's axes."""
         return self.spec.split("->")[0].split(",")[1]
@@ -197,6 +211,11 @@ class Channelwise:
     groups: int = 1
     channel_axis: int = -1
     is_product = False
+
+    @property
+    def ends_in_units(self) -> bool:
+        """Whether all units see all inputs, and the kernel's last axis counts them."""
+        return self.groups == 1 and self.channel_axis == -1
 
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The layer's own forward function."""

@@ -105,13 +105,25 @@ class LocalProblem:
         """The step of length zero."""
         return {name: jnp.zeros_like(p) for name, p in self.params.items()}
 
-    def to_gram(self) -> Gram:
-        """The Gram matrices of the layer's design."""
-        if self.gram is not None:
+    def to_gram(self, stride: int = 1) -> Gram:
+        """The Gram matrices of the layer's design, as every `stride`-th example has it.
+
+        Where fewer rows than columns would remain, the stride is shorter.
+
+        Raises:
+          LayerError: if the first axis does not count examples, but a stride is given.
+        """
+        if self.gram is not None and stride == 1:
             return self.gram
-        design = self.linear_map.design(self.params, self.inputs)
+        if stride > 1:
+            self._check_counts_examples("stride takes entries")
+            rows, columns, _ = self.sizes()
+            stride = min(stride, max(1, rows // columns))
+        inputs = self.inputs[::stride]
+        design = self.linear_map.design(self.params, inputs)
         dtype = jnp.result_type(*self.params.values())
-        return Gram.of(design.astype(dtype), "bias" in self.params)
+        seen = Gram.of(design.astype(dtype), "bias" in self.params)
+        return jax.tree.map(lambda g: len(self.inputs) / len(inputs) * g, seen)
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, inputs and outputs of the matrices that the layer is a product of."""
@@ -139,12 +151,7 @@ class LocalProblem:
           LayerError: if there are fewer examples, or the first axis counts none.
         """
         whole = (self.inputs, self.preactivations, self.targets)
-        if not counts_examples_first(self.linear_map) or self.inputs.ndim < 2:
-            raise LayerError(
-                "local_batch_size takes slices of the first axis of its inputs, which "
-                f"does not count examples in {self.linear_map} of inputs of shape "
-                f"{self.inputs.shape}. Name the layer in `exclude=`."
-            )
+        self._check_counts_examples("local_batch_size takes slices")
         total = self.inputs.shape[0]
         if count > total:
             raise LayerError(
@@ -156,6 +163,14 @@ class LocalProblem:
         return replace(
             self, inputs=x, preactivations=a, targets=t, weight=total / count
         )
+
+    def _check_counts_examples(self, option: str) -> None:
+        if not counts_examples_first(self.linear_map) or self.inputs.ndim < 2:
+            raise LayerError(
+                f"{option} of the first axis of its inputs, which does not count "
+                f"examples in {self.linear_map} of inputs of shape "
+                f"{self.inputs.shape}. Name the layer in `exclude=`."
+            )
 
     def _regularized(self, gradient: LayerParams, step: LayerParams) -> LayerParams:
         penalty = self.regularizer.gradient(step, self.params)

@@ -1,8 +1,11 @@
 from dataclasses import replace
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import locoprop_optax as loco
@@ -39,6 +42,8 @@ def test_majorized_newton_needs_a_bound():
     [
         ({"num_steps": 0}, ValueError, "at least 1, got 0"),
         ({"damping": -0.1}, ValueError, "damping must not be negative, got -0.1"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"stride": 0.5}, TypeError, "stride is a count .* must be a Python int"),
     ],
 )
 def test_majorized_newton_errors(options, error, match):
@@ -116,6 +121,78 @@ def test_ema_refuses_what_it_cannot_hold():
         solved(tx, {"kernel": jnp.zeros((2, 4, 3))}, stack)
     with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
         loco.solvers.majorized_newton(ema=1.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 9])
+@pytest.mark.usefixtures("float64")
+def test_curvature_of_every_third_example(num_steps):
+    """Many steps work on the whole batch, for which the part is a preconditioner."""
+    params, layer = random_layer(0, 17, 4, 3)
+    problem = problem_of(params, layer, gamma=0.7, loss=loco.losses.squared_loss())
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.gradient_descent(0.7),
+        solver=loco.solvers.majorized_newton(num_steps, 0.5, stride=3),
+    )
+    x = np.c_[layer.inputs, np.ones(17)]
+    part = x[::3]
+    curvature = 17 / 6 * part.T @ part
+    strength = 0.5 * np.trace(curvature) / 5
+    gradient = problem.gradient_at_start()
+    gradient = np.vstack([gradient["kernel"], gradient["bias"]])
+    step = np.zeros((5, 3))
+    for _ in range(num_steps):
+        residual = gradient + (x.T @ x + strength * np.eye(5)) @ step
+        step -= np.linalg.solve(curvature + strength * np.eye(5), residual)
+    found = solved(tx, params, layer)
+    np.testing.assert_allclose(found["kernel"], -step[:-1], rtol=1e-8)
+    np.testing.assert_allclose(found["bias"], -step[-1], rtol=1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+def test_curvature_has_as_many_rows_as_columns():
+    params, layer = random_layer(0, 14, 4, 3)  # five columns with the bias
+
+    def step(stride):
+        solver = loco.solvers.majorized_newton(1, 0.1, stride=stride)
+        return solved(loco.scale_by_locoprop(solver=solver), params, layer)
+
+    chex.assert_trees_all_close(step(9), step(2), rtol=1e-12)
+    assert not np.allclose(step(2)["kernel"], step(1)["kernel"])
+
+
+@pytest.mark.usefixtures("float64")
+def test_curvature_of_every_second_image():
+    """A convolution's examples are images, all positions of which are rows."""
+    model, x = nn.Conv(3, (3,), param_dtype=jnp.float64), jnp.ones((4, 5, 2))
+    x = jax.random.normal(jax.random.key(0), x.shape)
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def step(x, weights, stride):
+        def loss_fn(params):
+            return jnp.sum(weights * model.apply({"params": params}, x) ** 2)
+
+        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+        tx = loco.scale_by_locoprop(
+            target=loco.targets.gradient_descent(1.0),
+            solver=loco.solvers.majorized_newton(1, 0.1, stride=stride),
+        )
+        return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
+
+    chosen = jnp.asarray([1.0, 0.0, 1.0, 0.0])[:, None, None]
+    alone = step(x[::2], 1.0, stride=1)
+    among_others = step(x, chosen, stride=2)
+    chex.assert_trees_all_close(among_others, optax.tree.scale(0.5, alone), rtol=1e-9)
+
+
+def test_stride_refuses_an_axis_that_counts_no_examples():
+    _, layer = random_layer(0, 6, 4, 3, bias=False)
+    params = {"kernel": jnp.zeros((6, 4, 3))}
+    batched = replace(layer, gradient=dict(params), linear_map=Product("bi,bio->bo"))
+    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(stride=2))
+    match = r"Layer 'layer': stride takes entries of the first axis.*'bi,bio->bo'"
+    with pytest.raises(ValueError, match=match):
+        solved(tx, params, batched)
 
 
 @pytest.mark.parametrize("bias", [True, False])

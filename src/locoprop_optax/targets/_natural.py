@@ -17,7 +17,7 @@ from locoprop_optax._hyperparams import (
 from locoprop_optax._intermediates import LayerIntermediates
 from locoprop_optax._inverse import in_full_precision, inverse
 from locoprop_optax._layers import LayerError
-from locoprop_optax._linear_maps import DENSE, Channelwise
+from locoprop_optax._linear_maps import Channelwise
 from locoprop_optax.targets._target import (
     Displacement,
     Target,
@@ -96,7 +96,7 @@ def natural_gradient(
         metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
         rows = _examples(layer, layer.cotangents)
         transform = (at(learning_rate, count) * rows * metric).astype(state.dtype)
-        if layer.linear_map == DENSE:
+        if layer.linear_map.ends_in_units:
             outputs, gradient = jax.tree.map(
                 lambda leaf: leaf @ transform, (layer.cotangents, layer.gradient)
             )
