@@ -19,6 +19,12 @@ MESHES = [AxisType.Auto, AxisType.Explicit]
 OPTIMIZERS = {
     "first_order": (lambda: loco.locoprop_m(1e-3, num_local_steps=3), False),
     "majorized_newton": (lambda: loco.locoprop_momentum(), False),
+    "a part's curvature": (
+        lambda: loco.locoprop_momentum(
+            solver=loco.solvers.majorized_newton(1, ema=0.5, stride=2)
+        ),
+        False,
+    ),
     "exact": (
         lambda: optax.chain(
             loco.scale_by_locoprop(
@@ -124,6 +130,7 @@ def collectives(loss_fn, params, batch, optimizer):
         (lambda: loco.locoprop_m(1e-4, num_local_steps=7), 1),
         (lambda: loco.locoprop_momentum(stack_layers=False), 2),
         (lambda: loco.locoprop_momentum(solver=loco.solvers.majorized_newton(1)), 0),
+        (OPTIMIZERS["a part's curvature"][0], 0),
     ],
 )
 def test_one_reduction_for_each_local_step_of_a_group(optimizer, loops):
