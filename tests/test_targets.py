@@ -193,7 +193,7 @@ def test_natural_gradient_of_a_convolution_is_kfc():
     ],
 )
 def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_known):
-    model.param_dtype = jnp.float64
+    model = model.clone(param_dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(0), (6, 5, 6))
     params = model.init(jax.random.key(1), x)["params"]
 

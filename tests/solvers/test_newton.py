@@ -164,8 +164,8 @@ def test_curvature_has_as_many_rows_as_columns():
 @pytest.mark.usefixtures("float64")
 def test_curvature_of_every_second_image():
     """A convolution's examples are images, all positions of which are rows."""
-    model, x = nn.Conv(3, (3,), param_dtype=jnp.float64), jnp.ones((4, 5, 2))
-    x = jax.random.normal(jax.random.key(0), x.shape)
+    model = nn.Conv(3, (3,), param_dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (4, 5, 2))
     params = model.init(jax.random.key(1), x)["params"]
 
     def step(x, weights, stride):
