@@ -188,7 +188,7 @@ SMALL_BATCHES: Space = {  # and other parameters than those of layers
     "ema": Choice((0.0, 0.9, 0.95, 0.99), 0.0),
     "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3),
 }
-STRIDE = 4  # of the examples that LocoProp's curvature is of, where rows are many
+STRIDE = 4  # of LocoProp's curvature, where rows are many
 SOAP: Space = {
     "learning_rate": RATE,
     "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),

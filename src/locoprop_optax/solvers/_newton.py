@@ -62,10 +62,11 @@ def majorized_newton(
         for the batch's own. Its state is one matrix a layer, of the kernel's rows. No
         step then raises the objective only as far as the batches are alike. Default:
         0, each batch by itself and no state.
-      stride: the curvature is that of every `stride`-th example, times the stride; of
-        more where it would have fewer rows than columns. Convolutions have a row for
-        each position, and form their curvature for most of a step's time; with a
-        stride of 8 and `ema` it is hardly worse. Default: 1, all examples.
+      stride: the curvature is that of every `stride`-th example, scaled to all; of more
+        where it would have fewer rows than columns. It makes the step cheaper where
+        rows are many, as a convolution's, which has one for each position. No step
+        then raises the objective only as far as the examples are alike. Default: 1,
+        all examples.
 
     Returns:
       The solver. Biases are solved for as one more row of the kernel, with an input
