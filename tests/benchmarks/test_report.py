@@ -8,7 +8,7 @@ from benchmarks.networks import HIDDEN
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("data", ["curves", "mnist"])
+@pytest.mark.parametrize("data", ["curves", "fashion_mnist", "mnist"])
 def test_tables_of_the_readme_are_the_committed_results(data):
     path = ROOT / "benchmarks" / "results" / f"autoencoder_{data}.jsonl"
     assert (
@@ -25,11 +25,15 @@ def test_the_page_of_results_is_the_committed_results():
         ("autoencoder_mnist_h100_quarter_rates", report.markdown),
         ("autoencoder_curves", report.milestones),
         ("autoencoder_curves_curves", report.markdown),
+        ("autoencoder_curves_curves", report.milestones),
         ("autoencoder_fashion_mnist", report.markdown),
         ("autoencoder_fashion_mnist", report.milestones),
         ("autoencoder_mnist_deeper", report.markdown),
+        ("autoencoder_mnist_deeper", report.milestones),
         ("autoencoder_mnist_relu", report.markdown),
+        ("autoencoder_mnist_relu", report.milestones),
         ("autoencoder_mnist_wider", report.markdown),
+        ("autoencoder_mnist_wider", report.milestones),
         ("ablation_mnist", report.markdown),
         ("transformer", report.milestones),
         ("transformer", report.markdown),
