@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="the folder with IDX files")
     add("--train-size", type=int, help="how many training images; all if not given")
-    add("--channels", type=int, default=16, help="of the first stage")
+    add("--channels", type=int, default=16, help="of the first stage, a multiple of 8")
 
 
 def settings_of(options: argparse.Namespace, problem: Problem) -> dict[str, Any]:
