@@ -40,7 +40,7 @@ def modelled(**changed: Any) -> Contestant:
         return optax.chain(
             loco.scale_by_locoprop(target=NATURAL, solver=newton(1, 0.3)),
             loco.scale_by_quadratic_model(
-                **dict(damping=0.0, damping_decay=1.0, shorten=True) | changed
+                **dict(damping=0.0, damping_decay=1.0) | changed
             ),
         )
 

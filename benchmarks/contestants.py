@@ -49,7 +49,8 @@ class Contestant(NamedTuple):
         process.
       lent: whether that script takes gradients from this process, rather than train a
         model of its own.
-      needs: what its update is given beside the gradient.
+      needs: what its update is given beside the gradient; the curvature is that of the
+        batch, or of a quarter of it.
     """
 
     label: str
@@ -57,9 +58,9 @@ class Contestant(NamedTuple):
     space: Space
     peer: str | None = None
     lent: bool = False
-    needs: frozenset[Literal["intermediates", "curvature", "functions", "value"]] = (
-        frozenset()
-    )
+    needs: frozenset[
+        Literal["intermediates", "curvature", "a quarter", "functions", "value"]
+    ] = frozenset()
 
     def first(self) -> dict[str, Any]:
         """The settings that the space tries first."""
@@ -168,6 +169,7 @@ def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
 _soap = _to_peer(optimizer="soap", weight_decay=0.0)
 INTERMEDIATES = frozenset({"intermediates"})
 CURVATURE = frozenset({"intermediates", "curvature"})
+QUARTER = CURVATURE | {"a quarter"}
 PAPER: Space = {
     "learning_rate": Range(1e-6, 1e-4, 1e-5),
     "activation_learning_rate": Range(1.0, 100.0, 10.0),
@@ -289,7 +291,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "locoprop, AdamW for the rest",
         partial(_locoprop, stride=STRIDE),
         {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **SMALL_BATCHES},
-        needs=CURVATURE,
+        needs=QUARTER,
     ),
     "locoprop_momentum_and_adamw": Contestant(
         "locoprop_momentum, AdamW for the rest",

@@ -130,11 +130,12 @@ class Step:
         needs, problem = self.contestant.needs, self.problem
         extra: dict[str, Any] = {}
         if "intermediates" in needs:
-            capture = loco.linen.value_and_grad(self.loss)
+            whole = "curvature" in needs and "a quarter" not in needs
+            capture = loco.linen.value_and_grad(self.loss, curvature=whole)
             loss, grads, extra["intermediates"] = capture(params, batch)
         else:
             loss, grads = jax.value_and_grad(self.loss)(params, batch)
-        if "curvature" in needs:
+        if "a quarter" in needs:
             quarter = Examples(*(part[: -(-len(part) // 4)] for part in batch))
             capture = loco.linen.value_and_grad(self.loss, curvature=True)
             _, _, part = capture(params, quarter)

@@ -1,5 +1,6 @@
 """What cannot be captured is an error that names the layer, the reason, the way out."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -224,17 +225,20 @@ def test_classes_are_left_as_they_were():
     assert set(vars(model)) == set(vars(NnxScaled(2, nnx.Rngs(0))))
 
 
-def test_penalty_is_seen_by_the_check():
+def test_penalties_are_told_from_the_gradient_through_the_layer():
     loss_fn, params, batch = regression()
 
     def penalized(params, batch):
-        return loss_fn(params, batch) + sum(
-            jnp.sum(p**2) for p in jax.tree.leaves(params)
-        )
+        penalty = sum(jnp.sum(p**2) for p in jax.tree.leaves(params["first"]))
+        return loss_fn(params, batch) + 0.5 * penalty
 
-    _, grads, intermediates = loco.linen.value_and_grad(penalized)(params, batch)
-    with pytest.raises(ValueError, match=r"'first': the gradient.*penalty"):
-        loco.check_intermediates(params, grads, intermediates)
+    _, grads, plain = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, _, intermediates = loco.linen.value_and_grad(penalized)(params, batch)
+    first, second = (intermediates.layers[name] for name in ("first", "second"))
+    chex.assert_trees_all_close(dict(first.gradient), grads["first"], atol=1e-6)
+    chex.assert_trees_all_close(first.penalty, params["first"], atol=1e-6)
+    assert second.penalty is None
+    assert plain.layers["first"].penalty is None
 
 
 def test_train_state():

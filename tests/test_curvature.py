@@ -136,7 +136,7 @@ def test_sampled_cotangents_have_the_hessian_for_second_moment(cost):
         np.testing.assert_allclose(moment, share * block, atol=0.06 * weight**2)
 
 
-def test_penalties_are_in_the_gradient_and_not_in_the_curvature():
+def test_penalties_are_in_the_gradient_and_in_the_curvature():
     def penalized(params):
         return binary(model_fn(params)) + 0.1 * optax.tree.norm(params, squared=True)
 
@@ -151,12 +151,14 @@ def test_penalties_are_in_the_gradient_and_not_in_the_curvature():
     for path, leaves in layers_of(grads).items():
         for name, leaf in leaves.items():
             np.testing.assert_allclose(found.gradient[path][name], leaf)
-    pushed = found.push(change)
-    for ours, theirs in (
-        (pushed, plain.push(change)),
-        (found.curve(pushed), plain.curve(pushed)),
-    ):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
+    pushed, expected = found.push(change), plain.push(change)
+    curved = found.curve(pushed)
+    close = partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(close, pushed[0], expected)
+    jax.tree.map(close, curved[0], plain.curve(expected))
+    for path, leaves in pushed[1].items():
+        jax.tree.map(close, leaves, dict(change[path]))
+        jax.tree.map(lambda c, d: close(c, 0.2 * d), curved[1][path], leaves)
 
 
 def test_hidden_parameters_stay_where_they_are():
@@ -339,7 +341,7 @@ def test_locoprop_takes_the_same_step_as_with_functions():
             target=loco.targets.natural_gradient(1.0, damping=0.5),
             solver=loco.solvers.majorized_newton(1, damping=0.3),
         ),
-        loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0, shorten=True),
+        loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0),
     )
     states, losses = [tx.init(params), by_hand.init(params)], []
     for _ in range(4):
@@ -373,7 +375,7 @@ def test_locoprop_trains_what_is_more_than_layers():
 
     params, state = PARAMS, tx.init(PARAMS)
     forms, losses = {str(jax.tree.map(jnp.shape, state))}, []
-    for _ in range(6):
+    for _ in range(16):
         before = params["LayerNorm_0"]["scale"]
         params, state, loss, grads = step(params, state)
         expected = before - 0.1 * grads["LayerNorm_0"]["scale"]
@@ -423,7 +425,7 @@ def test_nnx_carries_it_too():
         optimizer.update(model, grads, intermediates=intermediates)
         return loss
 
-    losses = [float(step(model, optimizer)) for _ in range(8)]
+    losses = [float(step(model, optimizer)) for _ in range(16)]
     assert losses[-1] < 0.3 * losses[0]
     assert float(jnp.abs(model.norm.mean[...]).max()) > 0
 

@@ -24,6 +24,7 @@ from locoprop_optax._quadratic_model import (
     scale_by_quadratic_model,
 )
 from locoprop_optax._transform import ScaleByLocoPropState, scale_by_locoprop
+from locoprop_optax._trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from locoprop_optax import nnx
@@ -37,6 +38,7 @@ __all__ = [
     "LayerIntermediates",
     "ScaleByLocoPropState",
     "ScaleByQuadraticModelState",
+    "TrustRegion",
     "add_curvature",
     "add_sampled_cotangents",
     "averaged",

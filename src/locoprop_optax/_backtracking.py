@@ -20,9 +20,21 @@ def first_share(last: Scalar) -> Scalar:
     return jnp.minimum(1.0, GROWTH * last)
 
 
-def in_doubt(share: Scalar, value: Scalar, last: Scalar) -> Bool[Array, ""]:
-    """Whether a step has to be looked at: the last was shortened, or the loss rose."""
-    return (share < 1) | (value > RISEN * last)
+def in_doubt(
+    share: Scalar, value: Scalar, last: Scalar, slope: Scalar
+) -> Bool[Array, ""]:
+    """Whether a step has to be looked at.
+
+    It has to if the last was shortened, if the loss rose, or if the slope along the
+    step promises a fall by more than the whole loss, as it does where curvature or loss
+    vanish.
+    """
+    return (share < 1) | (value > RISEN * last) | (-slope > value)
+
+
+def rises(change: Scalar, value: Scalar) -> Bool[Array, ""]:
+    """Whether the loss rises by more than rounding can cause, or is not finite."""
+    return ~(change <= ROUNDING * jnp.abs(value))
 
 
 def backtrack(
@@ -41,14 +53,13 @@ def backtrack(
       value: the loss before.
       looks: whether the loss is computed at all. If not, the share is that tried first
         and the change zero.
-      halves: whether the share is halved, down to the least, while the loss rises by
-        more than rounding can cause, or is not finite.
+      halves: whether the share is halved, down to the least, while the loss rises.
     """
 
     def goes_on(tried):
         looked, share, change = tried
-        rises = ~(change <= ROUNDING * jnp.abs(value))
-        return looks & (~looked | (halves & rises & (share > LEAST)))
+        again = halves & rises(change, value) & (share > LEAST)
+        return looks & (~looked | again)
 
     def attempt(tried):
         looked, share, _ = tried

@@ -21,13 +21,14 @@ from locoprop_optax._curvature import (
     part,
     sampled_at_outputs,
 )
-from locoprop_optax._graph import tap
+from locoprop_optax._graph import Graph, tap
 from locoprop_optax._intermediates import (
     Intermediates,
     LayerIntermediates,
     add_sampled_cotangents,
 )
 from locoprop_optax._layers import (
+    LayerParams,
     PathPattern,
     anchor,
     layers_of,
@@ -125,7 +126,12 @@ class Capture(NamedTuple):
         }
 
     def collect(
-        self, records: Mapping[str, Record], gradient: Mapping[str, jax.Array]
+        self,
+        records: Mapping[str, Record],
+        gradient: LayerParams,
+        params: LayerParams,
+        *,
+        is_penalized: bool,
     ) -> LayerIntermediates:
         """The layer's intermediates, several calls joined along their examples."""
         first, *more = (records[str(number)] for number in self.calls)
@@ -135,7 +141,7 @@ class Capture(NamedTuple):
             return concatenate_examples(linear_map, arrays, len(self.stack))
 
         record = jax.tree.map(join, first, *more) if more else first
-        return LayerIntermediates(
+        layer = LayerIntermediates(
             inputs=record.inputs,
             preactivations=record.preactivations,
             cotangents=record.cotangents,
@@ -144,6 +150,11 @@ class Capture(NamedTuple):
             linear_map=linear_map,
             stack_dims=len(self.stack),
         )
+        if not is_penalized:
+            return layer
+        through = layer.pull_back(params)
+        penalty = {name: gradient[name] - g for name, g in through.items()}
+        return replace(layer, gradient=through, penalty=penalty)
 
 
 class Plan(NamedTuple):
@@ -155,12 +166,15 @@ class Plan(NamedTuple):
       arguments: from parameters, by layer and name, to what the trace is called with.
       by_loss: the calls of whose results the loss is the matching loss, and of which
         transfer function.
+      penalized: the parameters of captured layers that the loss reads in another way as
+        well, by layer.
     """
 
     captures: dict[str, Capture]
     closed: core.ClosedJaxpr
     arguments: Callable[[Layers], list[jax.Array]]
     by_loss: dict[CallOf, Transfer]
+    penalized: dict[str, set[str]]
 
     def probes(self, seeds: Mapping[CallOf, jax.Array] | None = None) -> Probes:
         """The probes of all calls; a pass back begins at those that have seeds."""
@@ -189,22 +203,29 @@ class Plan(NamedTuple):
           seeded_records: from probes with seeds to their records, for the loss's
             curvature and sampled cotangents; None to do without.
         """
-        gradient = layers_of(grads)
-        captured = self._collect(records, gradient)
+        gradient, layers = layers_of(grads), layers_of(params)
+        captured = self._collect(records, gradient, layers)
         if seeded_records is None:
             return captured
-        layers = layers_of(params)
-        parted = part(self.closed, self.by_loss, self.arguments, layers)
+        parted = part(self.closed, self.by_loss, self.arguments, layers, self.penalized)
         found = seeded_records(self.probes(sampled_at_outputs(parted, layers)))
         for path, number in self.by_loss:
             found[path][str(number)] = found[path][str(number)].record
-        both = add_sampled_cotangents(captured, self._collect(found, gradient))
+        sampled = self._collect(found, gradient, layers)
+        both = add_sampled_cotangents(captured, sampled)
         return replace(both, curvature=curvature_at(parted, layers, gradient))
 
-    def _collect(self, records: Probes, gradient: Layers) -> Intermediates:
+    def _collect(
+        self, records: Probes, gradient: Layers, layers: Layers
+    ) -> Intermediates:
         return Intermediates(
             {
-                path: capture.collect(records[path], gradient[path])
+                path: capture.collect(
+                    records[path],
+                    gradient[path],
+                    layers[path],
+                    is_penalized=path in self.penalized,
+                )
                 for path, capture in self.captures.items()
             }
         )
@@ -277,12 +298,18 @@ def plan(
         if sighting.finding.by_loss
     }
 
+    penalized: dict[str, set[str]] = {}
+    for at in Graph.of(closed).read_past_taps():
+        path, name = names[at] if at < len(names) else ("", "")
+        if path in captures:
+            penalized.setdefault(path, set()).add(name)
+
     def arguments(layers):
         given = [layers[path][name] for path, name in names]
         stand_ins = [layers[path][anchor(layers[path])] for path in sorted(anchored)]
         return given + [jnp.zeros_like(stand_in) for stand_in in stand_ins]
 
-    return Plan(captures, closed, arguments, by_loss)
+    return Plan(captures, closed, arguments, by_loss, penalized)
 
 
 def _whole(path: str, sightings: Sequence[Sighting]) -> list[Sighting]:

@@ -1,13 +1,14 @@
 """Are the intermediates those of the gradients?"""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from locoprop_optax._dtypes import at_least_float32
-from locoprop_optax._intermediates import Intermediates, LayerIntermediates
-from locoprop_optax._layers import LayerParams, LayerSelection, layers_of
+from locoprop_optax._intermediates import Intermediates
+from locoprop_optax._layers import LayerSelection, layers_of
 from locoprop_optax._matching import match_layers
 
 
@@ -20,8 +21,7 @@ def check_intermediates(
     r"""Checks that each layer's gradient follows from its intermediates.
 
     The pull-back of the cotangents through a layer alone, :math:`x^\top g` for a Dense
-    layer, must be the gradient of its parameters. It is not where the loss has another
-    term in the weights, such as a penalty.
+    layer, must be the gradient of its parameters, but for that of penalties on them.
 
     Args:
       params: the parameters.
@@ -54,7 +54,8 @@ def check_intermediates(
     )
     errors = {}
     for path, layer in match_layers(intermediates, params, captured).items():
-        found = at_least_float32(_pull_back(layer, everything[path]))
+        layer = replace(layer, gradient=layer.pull_back(everything[path]))
+        found = at_least_float32(dict(layer.whole_gradient()))
         difference = [found[n] - gradients[path][n] for n in found]
         scale = _norm([gradients[path][n] for n in found])
         errors[path] = _norm(difference) / max(scale, 1e-30)
@@ -64,20 +65,10 @@ def check_intermediates(
             raise ValueError(
                 f"Layer {path!r}: the gradient that follows from its intermediates is "
                 f"off by {errors[path]:.2g} of its norm, expected at most {allowed}. "
-                "Does its kernel enter the loss in another way as well, as in a "
-                "penalty, or through a method other than __call__?"
+                "Does its kernel enter the loss in another way as well, as through a "
+                "method other than __call__?"
             )
     return errors
-
-
-def _pull_back(layer: LayerIntermediates, params: LayerParams) -> LayerParams:
-    def pull_back(params, inputs, cotangents):
-        preactivations, pull = jax.vjp(lambda p: layer.linear_map(p, inputs), params)
-        return pull(cotangents.astype(preactivations.dtype))[0]
-
-    for _ in range(layer.stack_dims):
-        pull_back = jax.vmap(pull_back)
-    return pull_back(dict(params), layer.inputs, layer.cotangents)
 
 
 def _norm(arrays: list[jax.Array]) -> float:

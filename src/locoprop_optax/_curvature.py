@@ -7,7 +7,7 @@ outputs to the loss, convex in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,17 +121,19 @@ class PartedLoss(NamedTuple):
 
     Attributes:
       outputs_of: from parameters, by layer and name, to the outputs of each last call.
-      loss_of: from these to the loss.
+      loss_of: from these and parameters, by layer and name, to the loss.
       total: from parameters, by layer and name, to the loss.
       transfers: the function of which the loss is the matching loss, for each.
       held: the arrays that the loss is closed over, the batch among them.
+      penalized: the parameters that the loss reads beside the outputs, by layer.
     """
 
     outputs_of: Callable[[Layers], dict[CallOf, jax.Array]]
-    loss_of: Callable[[dict[CallOf, jax.Array]], jax.Array]
+    loss_of: Callable[[dict[CallOf, jax.Array], Layers], jax.Array]
     total: Callable[[Layers], jax.Array]
     transfers: Mapping[CallOf, Transfer]
     held: Sequence[Any]
+    penalized: Mapping[str, Collection[str]]
 
 
 def part(
@@ -139,6 +141,7 @@ def part(
     transfers: Mapping[CallOf, Transfer],
     arguments: Callable[[Layers], list[Any]],
     layers: Layers,
+    penalized: Mapping[str, Collection[str]],
 ) -> PartedLoss:
     """Parts a traced loss at its last calls.
 
@@ -148,6 +151,7 @@ def part(
         loss.
       arguments: from parameters to what the trace is called with.
       layers: the parameters, by layer and name.
+      penalized: those of captured layers that the loss reads past all calls.
 
     Raises:
       ValueError: if there is no last call, or others have a share in the loss.
@@ -174,14 +178,15 @@ def part(
         known = run(head, values_of(layers))
         return {call: known[end] for call, end in ends.items()}
 
-    def loss_of(outputs):
+    def loss_of(outputs, layers):
         at_ends = {ends[c]: a.astype(avals[c].dtype) for c, a in outputs.items()}
         return run(tail, {**values_of(layers), **at_ends})[loss]
 
     def total(layers):
         return run(whole, values_of(layers))[loss]
 
-    return PartedLoss(outputs_of, loss_of, total, transfers, list(graph.held.values()))
+    held = list(graph.held.values())
+    return PartedLoss(outputs_of, loss_of, total, transfers, held, penalized)
 
 
 def _check_only_last(tail: Sequence[Equation]) -> None:
@@ -198,11 +203,27 @@ def _check_only_last(tail: Sequence[Equation]) -> None:
 
 
 def curvature_at(parted: PartedLoss, layers: Layers, gradient: Layers) -> Curvature:
-    """The Gauss-Newton model of a parted loss."""
-    outputs, push = jax.linearize(
-        lambda layers: at_least_float32(parted.outputs_of(layers)), layers
-    )
-    loss_gradient, curve = jax.linearize(jax.grad(parted.loss_of), outputs)
+    """The Gauss-Newton model of a parted loss.
+
+    Parameters that the loss reads beside the outputs count as outputs, too, so that the
+    model has the curvature of penalties.
+    """
+
+    def outputs_of(layers):
+        read = {
+            path: {name: layers[path][name] for name in names}
+            for path, names in parted.penalized.items()
+        }
+        calls = at_least_float32(parted.outputs_of(layers))
+        return (calls, at_least_float32(read)) if read else calls
+
+    def loss_of(outputs):
+        calls, read = outputs if parted.penalized else (outputs, {})
+        own = {path: {**layers[path], **leaves} for path, leaves in read.items()}
+        return parted.loss_of(calls, {**layers, **own})
+
+    outputs, push = jax.linearize(outputs_of, layers)
+    loss_gradient, curve = jax.linearize(jax.grad(loss_of), outputs)
 
     def reached(change: Any) -> jax.Array:
         moved: Any = optax.apply_updates(layers, change)
@@ -230,7 +251,8 @@ def sampled_at_outputs(parted: PartedLoss, layers: Layers) -> dict[CallOf, jax.A
     outputs = at_least_float32(parted.outputs_of(layers))
     probing = {call: _alternating(a) for call, a in outputs.items()}
     middle = jax.tree.map(lambda a: jnp.full_like(a, 0.5), outputs)
-    _, curved = jax.jvp(jax.grad(parted.loss_of), (middle,), (probing,))
+    slope = jax.grad(lambda outputs: parted.loss_of(outputs, layers))
+    _, curved = jax.jvp(slope, (middle,), (probing,))
     sampled = {}
     for number, (call, a) in enumerate(outputs.items()):
         transfer, signs = parted.transfers[call], probing[call]

@@ -4,6 +4,7 @@ import jax
 import optax
 
 from locoprop_optax._hyperparams import ScalarOrSchedule
+from locoprop_optax._keep_finite import keep_finite
 from locoprop_optax._quadratic_model import minimize_along
 
 
@@ -87,14 +88,17 @@ def curveball(
             direction = optax.tree.add(direction, gradients)
         return direction, gradients
 
-    return minimize_along(
-        improve,
-        learning_rate=learning_rate,
-        damping=damping,
-        step_size=step_size,
-        momentum=momentum,
-        damping_decay=damping_decay,
-        adapt_every=adapt_every,
-        trusted=trusted,
-        damping_range=damping_range,
+    return keep_finite(
+        minimize_along(
+            improve,
+            learning_rate=learning_rate,
+            damping=damping,
+            step_size=step_size,
+            momentum=momentum,
+            damping_decay=damping_decay,
+            adapt_every=adapt_every,
+            trusted=trusted,
+            damping_range=damping_range,
+            trust_region=None,
+        )
     )

@@ -21,7 +21,7 @@ def with_fallback(
 
     A step of either that is not finite is a step of neither.
     """
-    fallback = optax.adamw(1e-3) if fallback is None else fallback
+    fallback = optax.adamw(1e-2) if fallback is None else fallback
 
     def label(params):
         labels = tree_map_with_key_path(lambda *_: "fallback", params)

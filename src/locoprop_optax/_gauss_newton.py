@@ -87,10 +87,38 @@ def inner(first: Any, second: Any) -> Array:
     return jnp.asarray(sum(jax.tree.leaves(parts)))
 
 
+class PlaneModel(NamedTuple):
+    r"""The change of the loss after :math:`\rho z - \beta d`, as a quadratic.
+
+    .. math::
+      q = s^\top u + \tfrac12 u^\top M u, \qquad u = (-\beta, \rho)
+
+    Attributes:
+      matrix: M, the curvature along d and z.
+      slopes: s, the gradient's along d and z.
+    """
+
+    matrix: Float[Array, "2 2"]
+    slopes: Float[Array, "2"]
+
+    def slope(self, beta: Array, rho: Array) -> Array:
+        """The gradient's slope along a step."""
+        return jnp.stack([-beta, rho]) @ self.slopes
+
+    def change(self, length: Array, beta: Array, rho: Array) -> Array:
+        """The change of the loss after a part of a step."""
+        step = jnp.stack([-beta, rho])
+        return length * (step @ self.slopes + 0.5 * length * step @ self.matrix @ step)
+
+    def minimum(self, beta: Array | None, rho: Array | None) -> tuple[Array, Array]:
+        """The step size and the momentum, as far as they are not given."""
+        return coefficients(self.matrix, self.slopes, beta, rho)
+
+
 def on_the_plane(
     linear: Linearization, gradient: Any, d: Any, z: Any, damping: Array
-) -> tuple[Float[Array, "2 2"], Float[Array, "2"]]:
-    """The damped curvature and the gradient's slopes along d and z."""
+) -> PlaneModel:
+    """The model with damped curvature along d and z."""
     plane = [d, z]
     pushed = [linear.push(along) for along in plane]
     curved = [linear.curve(change) for change in pushed]
@@ -103,7 +131,7 @@ def on_the_plane(
         slopes = [inner(linear.loss_gradient, change) for change in pushed]
     else:
         slopes = [inner(gradient, along) for along in plane]
-    return matrix, jnp.stack(slopes)
+    return PlaneModel(matrix, jnp.stack(slopes))
 
 
 def coefficients(

@@ -218,6 +218,19 @@ class Graph:
                 needed.update(set(filter(_is_number, equation.inputs)) - given)
         return chosen[::-1]
 
+    def read_past_taps(self) -> set[int]:
+        """The positions of the inputs that the first result reads past all taps."""
+        taps = [e for e in self.equations if layers_in(e.source)]
+        known = {*self.inputs, *self.held, *(n for e in taps for n in e.outputs)}
+        past = self.leading_to(filter(_is_number, self.results[:1]), known)
+        read = {
+            number
+            for equation in past
+            for number in equation.inputs
+            if _is_number(number)
+        }
+        return {at for at, number in enumerate(self.inputs) if number in read}
+
     def used_apart(self, position: int, layer: str) -> bool:
         """Whether an input reaches a result by a product that is not its layer's own.
 

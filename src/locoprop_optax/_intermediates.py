@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from locoprop_optax._curvature import Curvature, join_curvatures
+from locoprop_optax._layers import LayerParams
 from locoprop_optax._linear_maps import DENSE, LinearMap, concatenate_examples
 from locoprop_optax._transfers import IDENTITY, Transfer
 
@@ -23,12 +24,15 @@ class LayerIntermediates:
       inputs: the layer's input :math:`x`.
       preactivations: :math:`a`, at the parameters where the pass was made.
       cotangents: :math:`g = \partial L / \partial a`.
-      gradient: :math:`\partial L / \partial \theta` of each of the layer's
-        parameters by name, so that the first local step costs nothing.
+      gradient: :math:`x^\top g` of each of the layer's parameters by name, the
+        gradient through the layer, so that the first local step costs nothing.
       targets: the local targets, in the space that the local loss compares; None
         (the default) leaves them to the optimizer's `target`.
       sampled_cotangents: cotangents of the same layer for labels that are sampled
         from the model's own output, see `add_sampled_cotangents`. Default: None.
+      penalty: the gradient of what else the loss has in the layer's parameters, by
+        name; with `gradient` it is :math:`\partial L / \partial \theta`. None (the
+        default) if there is nothing.
       transfer: the function applied to the pre-activation. Default: identity.
       linear_map: how the pre-activation depends on the parameters. Default: a
         product with the kernel plus a bias.
@@ -42,9 +46,27 @@ class LayerIntermediates:
     gradient: Mapping[str, Array]
     targets: Float[Array, "*n d_out"] | None = None
     sampled_cotangents: Float[Array, "*m d_out"] | None = None
+    penalty: Mapping[str, Array] | None = None
     transfer: Transfer = field(default=IDENTITY, metadata={"static": True})
     linear_map: LinearMap = field(default=DENSE, metadata={"static": True})
     stack_dims: int = field(default=0, metadata={"static": True})
+
+    def pull_back(self, params: LayerParams) -> LayerParams:
+        """The gradient through the layer, from its records; `params` gives shapes."""
+
+        def one(params, inputs, cotangents):
+            preactivations, pull = jax.vjp(lambda p: self.linear_map(p, inputs), params)
+            return pull(cotangents.astype(preactivations.dtype))[0]
+
+        for _ in range(self.stack_dims):
+            one = jax.vmap(one)
+        return one(dict(params), self.inputs, self.cotangents)
+
+    def whole_gradient(self) -> LayerParams:
+        """The gradient of the loss in the layer's parameters."""
+        if self.penalty is None:
+            return self.gradient
+        return {n: g + self.penalty[n] for n, g in self.gradient.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +219,8 @@ def add_curvature(intermediates: Intermediates, part: Intermediates) -> Intermed
             "linen.value_and_grad(loss_fn, curvature=True), or that of nnx."
         )
     cotangents = {path: la.sampled_cotangents for path, la in part.layers.items()}
-    whole = {path: layer.gradient for path, layer in intermediates.layers.items()}
+    layers = intermediates.layers.items()
+    whole = {path: layer.whole_gradient() for path, layer in layers}
     gradient = {**part.curvature.gradient, **whole}
     return replace(
         _with_sampled(intermediates, cotangents),
@@ -227,7 +250,7 @@ def _check_same_layers(*parts: Intermediates) -> None:
 
 def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
     first = layers[0]
-    for field_name in ("targets", "sampled_cotangents"):
+    for field_name in ("targets", "sampled_cotangents", "penalty"):
         missing = [getattr(layer, field_name) is None for layer in layers]
         if any(missing) and not all(missing):
             raise ValueError(f"Some of the parts hold {field_name}, others do not.")
@@ -238,11 +261,13 @@ def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
     def mean(*arrays):
         return sum(arrays) / len(arrays)
 
-    joined = jax.tree.map(examples, *(replace(la, gradient={}) for la in layers))
+    records = [replace(layer, gradient={}, penalty=None) for layer in layers]
+    joined = jax.tree.map(examples, *records)
     sampled = joined.sampled_cotangents
     return replace(
         joined,
         cotangents=joined.cotangents / len(layers),
         sampled_cotangents=None if sampled is None else sampled / len(layers),
         gradient=jax.tree.map(mean, *(la.gradient for la in layers)),
+        penalty=jax.tree.map(mean, *(la.penalty for la in layers)),
     )

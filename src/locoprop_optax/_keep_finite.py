@@ -26,7 +26,8 @@ def keep_finite(
     """Skips steps that would make a parameter or the state not finite.
 
     A batch with a NaN in it, or a step that overflows, then changes neither the
-    parameters nor the optimizer's state, and is counted. All ready optimizers of this
+    parameters nor the optimizer's state, and is counted, as is a step within that
+    `scale_by_quadratic_model` refuses. All ready optimizers of this
     package stand behind this guard. It looks at what the optimizer returns, where
     `optax.apply_if_finite` looks at the gradient that goes in.
 
@@ -66,11 +67,17 @@ def keep_finite(
         nothing = jax.tree.map(jnp.zeros_like, step)
         kept = KeepFiniteState(
             optax.tree.where(finite, moved, state.inner_state),
-            increased(state.skipped_steps, ~finite),
+            increased(state.skipped_steps, ~finite | _refused(moved)),
         )
         return optax.tree.where(finite, step, nothing), kept
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refused(state: Any) -> Array:
+    """Whether a `scale_by_quadratic_model` within did not take its step."""
+    found = optax.tree.get_all_with_path(state, "refused")
+    return _any([refused for _, refused in found])
 
 
 def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
@@ -90,6 +97,10 @@ def _stays_finite(before: Any, after: Any) -> Array:
         return jnp.isfinite(new) | ~jnp.isfinite(old)
 
     return _all(jax.tree.map(stays, before, after))
+
+
+def _any(flags: list[Array]) -> Array:
+    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
 
 
 def _all(tree: Any) -> Array:

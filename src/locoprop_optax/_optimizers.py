@@ -6,8 +6,9 @@ from locoprop_optax import losses, regularizers, solvers, targets
 from locoprop_optax._fallback import with_fallback
 from locoprop_optax._hyperparams import ScalarOrSchedule, at
 from locoprop_optax._layers import LayerSelection, PathPattern
-from locoprop_optax._quadratic_model import scale_by_quadratic_model
+from locoprop_optax._quadratic_model import incoming, minimize_along
 from locoprop_optax._transform import scale_by_locoprop
+from locoprop_optax._trust_region import TrustRegion
 
 
 def locoprop(
@@ -17,6 +18,7 @@ def locoprop(
     target: targets.Target | None = None,
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
+    trust_region: TrustRegion | None = TrustRegion(),
     weight_decay: ScalarOrSchedule = 0.0,
     fallback: optax.GradientTransformation | None = None,
     include: PathPattern | None = None,
@@ -34,7 +36,8 @@ def locoprop(
       z \leftarrow \rho z - \beta d, \qquad
       \theta \leftarrow \theta + \alpha \eta\, z - \eta \lambda_w \theta
 
-    The share :math:`\alpha` is 1, but after a step that would have made the loss rise.
+    The share :math:`\alpha` is 1 but where the step would be too long for a layer, or
+    where the loss would rise after it, as `TrustRegion` says.
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
@@ -45,9 +48,12 @@ def locoprop(
       regularizer: the local regularizer. Default: `regularizers.none()`.
       solver: how the problems are solved. Default:
         `solvers.majorized_newton(1, damping=0.3)`.
+      trust_region: how far the model is trusted. A loss that can be below zero needs
+        another `least_loss`. None follows the model wherever it leads. Default:
+        `TrustRegion()`.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for local layers.
       fallback: a complete optimizer for all parameters that are not local. Default:
-        `optax.adamw(1e-3)`.
+        `optax.adamw(1e-2)`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
       stack_layers: whether equal layers are solved together, as in
@@ -105,8 +111,12 @@ def locoprop(
             precision=precision,
             diagnostics=diagnostics,
         ),
-        scale_by_quadratic_model(
-            learning_rate, damping=0.0, damping_decay=1.0, shorten=True
+        minimize_along(
+            incoming,
+            learning_rate=learning_rate,
+            damping=0.0,
+            damping_decay=1.0,
+            trust_region=trust_region,
         ),
         optax.add_decayed_weights(decay),
     )
@@ -149,7 +159,7 @@ def locoprop_momentum(
       momentum: :math:`\mu` in [0, 1); None for none.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for local layers.
       fallback: a complete optimizer for all parameters that are not local. Default:
-        `optax.adamw(1e-3)`.
+        `optax.adamw(1e-2)`.
       include: layers that are local too: a glob over paths, several, or a predicate.
       exclude: layers that go to `fallback` although they own a `kernel`.
       stack_layers: whether equal layers are solved together, as in

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from locoprop_optax._backtracking import backtrack, first_share, in_doubt
+from locoprop_optax._backtracking import backtrack, first_share, in_doubt, rises
 from locoprop_optax._dtypes import at_least_float32
-from locoprop_optax._gauss_newton import Linearization, coefficients, on_the_plane
+from locoprop_optax._gauss_newton import Linearization, on_the_plane
 from locoprop_optax._hyperparams import (
     ScalarOrSchedule,
     at,
@@ -32,12 +32,13 @@ from locoprop_optax._hyperparams import (
     check_not_negative,
     check_positive,
 )
-from locoprop_optax._keep_finite import all_finite, increased
+from locoprop_optax._keep_finite import all_finite, keep_finite
 from locoprop_optax._layers import is_masked
+from locoprop_optax._trust_region import TrustRegion
 
 
 class ScaleByQuadraticModelState(NamedTuple):
-    r"""State of `scale_by_quadratic_model` and of `curveball`.
+    r"""State of `scale_by_quadratic_model` and of `curveball`, within `keep_finite`.
 
     Attributes:
       count: the number of updates so far.
@@ -49,7 +50,7 @@ class ScaleByQuadraticModelState(NamedTuple):
       ratio: the loss's change over the model's, for the share of the step that was
         taken, when it was last compared; 0 before and where the model promised no fall.
       share: :math:`\alpha` of the last step.
-      skipped: how many steps were skipped because something was not finite.
+      refused: whether the last step was not taken, because of the loss after it.
     """
 
     count: Int[Array, ""]
@@ -60,7 +61,7 @@ class ScaleByQuadraticModelState(NamedTuple):
     momentum: Float[Array, ""]
     ratio: Float[Array, ""]
     share: Float[Array, ""]
-    skipped: Int[Array, ""]
+    refused: Bool[Array, ""]
 
 
 Direction = Callable[[Linearization, Any, Any, Array], tuple[Any, Any]]
@@ -76,7 +77,7 @@ def scale_by_quadratic_model(
     adapt_every: int = 5,
     trusted: tuple[float, float] = (0.25, 0.75),
     damping_range: tuple[float, float] = (1e-8, 1e8),
-    shorten: bool = False,
+    trust_region: TrustRegion | None = TrustRegion(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Step size and momentum for any direction, with no rate to tune.
 
@@ -92,6 +93,9 @@ def scale_by_quadratic_model(
       \begin{pmatrix} \nabla^\top d \\ \nabla^\top z \end{pmatrix}, \qquad
       \hat H = J^\top H J + \lambda I .
 
+    A batch's model holds near the parameters and for that batch. `TrustRegion` says how
+    far it is followed, and what is done with a step after which the loss would rise.
+
     Every few steps the change of the loss is compared with :math:`q`, and
     :math:`\lambda` adapted. The comparison is of the step that it returns, for
     `optax.apply_updates`: what follows it in a chain is not seen. It costs two
@@ -99,11 +103,7 @@ def scale_by_quadratic_model(
     nothing to the span, as at the first step, it minimizes along d alone.
 
     Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
-    `damping_decay=1.0` do best: :math:`\lambda` stays at zero. With `shorten`, the
-    step is :math:`\alpha \eta z`: where a comparison finds that the loss would rise,
-    :math:`\alpha` is halved until it does not, down to 1/64. The next step tries 1.5
-    times that share and is compared, too, until one is taken whole, and so is a step
-    from a loss that has doubled.
+    `damping_decay=1.0` do best: :math:`\lambda` stays at zero.
 
     Args:
       learning_rate: :math:`\eta > 0`, a float or a schedule.
@@ -116,12 +116,11 @@ def scale_by_quadratic_model(
       adapt_every: the number of steps from one comparison to the next; the first step
         has one.
       trusted: the ratio of the loss's change to the model's below which
-        :math:`\lambda` grows, and that above which it shrinks.
+        :math:`\lambda` grows, and that above which it shrinks. It grows, too, after a
+        step that was shortened or refused.
       damping_range: the least and the largest :math:`\lambda`.
-      shorten: whether steps are shortened after which the loss, of the same batch or
-        that part of it whose curvature is given, would rise by more than a thousandth,
-        which rounding can cause. A step that was shortened makes :math:`\lambda` grow,
-        as a bad one does. Default: False.
+      trust_region: how far the model is trusted. None follows it wherever it leads.
+        Default: `TrustRegion()`.
 
     Returns:
       A transformation whose `update` takes `params`, `model_fn`, a function from
@@ -129,9 +128,10 @@ def scale_by_quadratic_model(
       scalar, convex and twice differentiable; outputs of fewer bits reach it in
       float32. Both are closed over the batch. `intermediates` with the loss's
       curvature can take their place, from
-      `linen.value_and_grad(loss_fn, curvature=True)`. Steps that are not finite, or
-      lead to a loss that is not, are skipped, and :math:`\lambda` grows; it grows, too,
-      where the model does not expect the loss to fall.
+      `linen.value_and_grad(loss_fn, curvature=True)`. It stands behind `keep_finite`: a
+      batch that leads to something not finite changes nothing. A step to where the loss
+      is not finite is refused, the velocity forgotten, and :math:`\lambda` grows. Both
+      are counted: `optax.tree.get(state, "skipped_steps")`.
 
     Raises:
       TypeError: if `adapt_every` is no Python int; from `update`, if `params` is
@@ -159,23 +159,28 @@ def scale_by_quadratic_model(
       Networks with Kronecker-factored Approximate Curvature
       <https://arxiv.org/abs/1503.05671>`_, 2015, sections 6 and 7.
     """
-
-    def incoming(linearization, updates, velocity, damping):
-        del velocity, damping
-        return updates, linearization.gradient
-
-    return minimize_along(
-        incoming,
-        learning_rate=learning_rate,
-        damping=damping,
-        step_size=step_size,
-        momentum=momentum,
-        damping_decay=damping_decay,
-        adapt_every=adapt_every,
-        trusted=trusted,
-        damping_range=damping_range,
-        shorten=shorten,
+    return keep_finite(
+        minimize_along(
+            incoming,
+            learning_rate=learning_rate,
+            damping=damping,
+            step_size=step_size,
+            momentum=momentum,
+            damping_decay=damping_decay,
+            adapt_every=adapt_every,
+            trusted=trusted,
+            damping_range=damping_range,
+            trust_region=trust_region,
+        )
     )
+
+
+def incoming(
+    linearization: Linearization, updates: Any, velocity: Any, damping: Array
+) -> tuple[Any, Any]:
+    """The direction that comes in, and the gradient if it is known."""
+    del velocity, damping
+    return updates, linearization.gradient
 
 
 def minimize_along(
@@ -183,28 +188,31 @@ def minimize_along(
     *,
     learning_rate: ScalarOrSchedule,
     damping: float,
-    step_size: ScalarOrSchedule | None,
-    momentum: ScalarOrSchedule | None,
     damping_decay: float,
-    adapt_every: int,
-    trusted: tuple[float, float],
-    damping_range: tuple[float, float],
-    shorten: bool = False,
+    step_size: ScalarOrSchedule | None = None,
+    momentum: ScalarOrSchedule | None = None,
+    adapt_every: int = 5,
+    trusted: tuple[float, float] = (0.25, 0.75),
+    damping_range: tuple[float, float] = (1e-8, 1e8),
+    trust_region: TrustRegion | None = TrustRegion(),
 ) -> optax.GradientTransformationExtraArgs:
     """Minimizes the damped model over the span of a direction and the last step.
+
+    A step is not finite where something that it is made of is not; the optimizer that
+    this is a part of stands behind `keep_finite`.
 
     Args:
       direction: from (linearization, updates, last step, damping) to the direction and
         the gradient; None for the gradient of `loss_fn` at `model_fn`.
       learning_rate: as in `scale_by_quadratic_model`, as all others.
       damping: as there.
+      damping_decay: as there.
       step_size: as there.
       momentum: as there.
-      damping_decay: as there.
       adapt_every: as there.
       trusted: as there.
       damping_range: as there.
-      shorten: as there.
+      trust_region: as there.
     """
     check_positive("learning_rate", learning_rate)
     check_not_negative("damping", damping)
@@ -235,7 +243,7 @@ def minimize_along(
             momentum=zero(),
             ratio=zero(),
             share=jnp.ones((), jnp.float32),
-            skipped=jnp.zeros((), jnp.int32),
+            refused=jnp.asarray(False),
         )
 
     def update(
@@ -252,62 +260,63 @@ def minimize_along(
         if params is None:
             raise TypeError("update needs `params`.")
         linear = _linearized(params, model_fn, loss_fn, intermediates)
-        z, strength = state.velocity, state.damping
+        z, strength, value = state.velocity, state.damping, linear.value
         d, gradient = direction(linear, updates, z, strength)
-        matrix, slopes = on_the_plane(linear, gradient, d, z, strength)
-        fixed = [
-            None if value is None else jnp.asarray(at(value, state.count))
-            for value in (step_size, momentum)
-        ]
-        beta, rho = coefficients(matrix, slopes, *fixed)
+        model = on_the_plane(linear, gradient, d, z, strength)
+        beta, rho = (
+            None if fixed is None else jnp.asarray(at(fixed, state.count))
+            for fixed in (step_size, momentum)
+        )
+        if trust_region is None:
+            beta, rho = model.minimum(beta, rho)
+        else:
+            beta, rho = trust_region.minimum(model, value, beta, rho)
         moved = jax.tree.map(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
+        whole = jnp.ones_like(state.share)
+        if trust_region is not None:
+            whole = trust_region.length(moved, params)
         rate = at(learning_rate, state.count)
-        plane = jnp.stack([-beta, rho])
-        slope, curved = plane @ slopes, plane @ matrix @ plane
 
-        def step_of(share):
+        def times(length, like):
             return jax.tree.map(
-                lambda v, p: (share.astype(v.dtype) * rate * v).astype(p.dtype),
-                moved,
-                params,
+                lambda v, p: (length.astype(v.dtype) * v).astype(p.dtype), moved, like
             )
 
-        def expected(share):
-            length = share * rate
-            return length * slope + 0.5 * length**2 * curved
+        def change_after(share):
+            return linear.after(times(share * whole * rate, params)) - value
 
+        def expected(share):
+            return model.change(share * whole * rate, beta, rho)
+
+        finite = all_finite((moved, model, value))
         first = first_share(state.share)
         compared = state.count % adapt_every == 0
-        known = jnp.isfinite(linear.value) & all_finite(moved)
-        doubted = in_doubt(first, linear.value, state.value)
-        looks = known & (compared | (shorten & doubted))
+        slope = model.slope(beta, rho)
+        doubted = in_doubt(first, value, state.value, whole * slope)
+        shortens = trust_region is not None and trust_region.shorten
+        looks = finite & (compared | (shortens & doubted))
         share, change = backtrack(
-            lambda share: linear.after(step_of(share)) - linear.value,
-            first,
-            linear.value,
-            looks=looks,
-            halves=shorten,
+            change_after, first, value, looks=looks, halves=shortens
         )
-        finite = known & jnp.isfinite(change)
-        whole = finite & (share == first)
-        measured = jnp.where(finite, _ratio(change, expected(share)), 0.0)
+        refused = looks & (rises(change, value) if shortens else ~jnp.isfinite(change))
+        measured = jnp.where(refused, 0.0, _ratio(change, expected(share)))
         ratio = jnp.where(looks, measured, state.ratio).astype(jnp.float32)
-        step = step_of(share)
+        length = jnp.where(refused, 0.0, share * whole)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            velocity=optax.tree.where(finite, moved, jax.tree.map(jnp.zeros_like, z)),
-            damping=adapted(strength, ratio, compared, whole),
-            value=linear.value.astype(jnp.float32),
+            velocity=times(length, z),
+            damping=adapted(strength, ratio, compared, (share == first) & ~refused),
+            value=value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
             ratio=ratio,
-            share=jnp.where(known, share, state.share).astype(jnp.float32),
-            skipped=increased(state.skipped, ~finite),
+            share=share.astype(jnp.float32),
+            refused=refused,
         )
-        nothing = jax.tree.map(jnp.zeros_like, step)
-        return optax.tree.where(finite, step, nothing), new_state
+        step = times(jnp.where(finite, length * rate, jnp.nan), params)
+        return step, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from locoprop_optax import losses, regularizers, solvers, targets
 from locoprop_optax._diagnostics import diagnose, mean_over_stacks, no_diagnostics
 from locoprop_optax._grouping import Grouped
+from locoprop_optax._intermediates import LayerIntermediates
 from locoprop_optax._layers import (
     LayerSelection,
     PathPattern,
@@ -64,7 +65,9 @@ def scale_by_locoprop(
       \theta_\text{new} \approx \arg\min_\theta\
       \ell\big(a(\theta),\, t\big) + R(\theta - \theta_0) .
 
-    Layers are local if they own a `kernel`. All other updates pass through. The
+    Where the loss has a penalty on a layer's parameters, its gradient is added as it
+    is: the problem knows nothing of it. Layers are local if they own a `kernel`. All
+    other updates pass through. The
     local problems are made from `intermediates` alone, so what earlier
     transformations of a chain did to a local layer's updates has no effect.
 
@@ -186,7 +189,10 @@ def scale_by_locoprop(
 
             moved = visible(layers_of(step))
             directions = {
-                path: {n: -moved[path][n].astype(p.dtype) for n, p in leaves.items()}
+                path: {
+                    n: (_penalty(layers[path], n) - moved[path][n]).astype(p.dtype)
+                    for n, p in leaves.items()
+                }
                 for path, leaves in visible(layers_of(local)).items()
             }
             shown = state.diagnostics
@@ -208,6 +214,11 @@ def scale_by_locoprop(
         return with_layers(updates, directions), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _penalty(layer: LayerIntermediates, name: str) -> Any:
+    """The gradient of penalties, which are no part of the local problem."""
+    return 0.0 if layer.penalty is None else layer.penalty[name]
 
 
 def _check_parts(loss: Any, target: Any, regularizer: Any, solver: Any) -> None:

@@ -1,0 +1,1 @@
+"""Everyday problems, with nothing set."""
