@@ -129,7 +129,7 @@ def _locoprop_momentum(
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
         solver=loco.solvers.majorized_newton(
-            num_steps, damping, ema=ema, stride=stride
+            1 if ema else num_steps, damping, ema=ema, stride=stride
         ),
         momentum=momentum,
         fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),

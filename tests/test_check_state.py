@@ -41,7 +41,7 @@ def test_another_model():
 
 def test_another_solver():
     saved = loco.locoprop_momentum()
-    solver = loco.solvers.majorized_newton(ema=0.9)
+    solver = loco.solvers.majorized_newton(1, ema=0.9)
     match = r"solver/curvature/first/kernel/inner: saved as nothing, expected float32"
     with pytest.raises(ValueError, match=match):
         loco.check_state(

@@ -51,7 +51,7 @@ solvers = st.sampled_from(
         loco.solvers.first_order(optax.adam(0.01), 2, local_batch_size=2),
         loco.solvers.majorized_newton(2, 0.1),
         loco.solvers.majorized_newton(1, 0.0),
-        loco.solvers.majorized_newton(2, 0.1, ema=0.9, stride=2),
+        loco.solvers.majorized_newton(1, 0.1, ema=0.9, stride=2),
         loco.solvers.exact(0.1),
         loco.solvers.conjugate_gradient(3),
         loco.solvers.mirror_descent(2),

@@ -67,6 +67,31 @@ def test_a_bad_number_in_a_batch_skips_the_step(name, part, bad):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bad_number_that_the_loss_does_not_see_skips_the_step(name):
+    """A masked example: the loss is finite, the gradient of the layers is not."""
+    make, curvature = OPTIMIZERS[name]
+    model = MLP()
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def loss_fn(params, batch):
+        outputs = model.apply({"params": params}, batch[0])
+        outputs = jnp.where(batch[1], outputs, 0.0)
+        return jnp.mean(jnp.sum((outputs - 1.0) ** 2, axis=-1))
+
+    tx = make()
+    step = jax.jit(train_step(loss_fn, tx, curvature))
+    everything = jnp.ones((8, 1), bool)
+    params, state, _ = step(params, tx.init(params), (x, everything))
+    hidden = (x.at[3, 1].set(jnp.inf), everything.at[3].set(False))
+    kept, after, loss = step(params, state, hidden)
+    assert np.isfinite(loss)
+    chex.assert_trees_all_equal(kept, params)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    assert skipped(after) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
     "inputs",
     [

@@ -347,3 +347,22 @@ def test_targets_train_a_model_with_a_steady_state(target):
     assert jax.tree.map(jnp.shape, state) == structure
     assert len(traces) == 1
     assert loss < 0.7 * start
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-18, 1e-25])
+def test_damping_does_not_vanish_with_the_cotangents(size):
+    """Their second moment underflows in float32; the step stays finite."""
+    params, layer = random_layer(0, n=6, d_in=3, d_out=4)
+    params, layer = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, layer))
+    tiny = replace(
+        layer,
+        cotangents=size * layer.cotangents,
+        gradient=jax.tree.map(lambda g: size * g, dict(layer.gradient)),
+    )
+    tx = loco.scale_by_locoprop(
+        target=loco.targets.natural_gradient(1.0, damping=0.5),
+        solver=loco.solvers.majorized_newton(1, 0.3),
+    )
+    step = solved(tx, params, tiny)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(step))

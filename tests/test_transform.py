@@ -153,7 +153,7 @@ def test_unknown_extra_arguments_are_ignored():
 SOLVERS = {
     "first_order": loco.solvers.first_order(optax.adam, 3, learning_rate=1e-2),
     "majorized_newton": loco.solvers.majorized_newton(2),
-    "averaged": loco.solvers.majorized_newton(2, ema=0.5),
+    "averaged": loco.solvers.majorized_newton(1, ema=0.5),
     "conjugate_gradient": loco.solvers.conjugate_gradient(3),
     "line_searched": loco.solvers.line_searched(loco.solvers.majorized_newton()),
 }

@@ -1,1 +1,1 @@
-"""Everyday problems, with nothing set."""
+"""Everyday problems: ordinary models on small data, with nothing set."""

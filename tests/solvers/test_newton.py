@@ -111,7 +111,7 @@ def test_ema_refuses_what_it_cannot_hold():
     _, layer = random_layer(0, 6, 4, 3, bias=False)
     params = {"kernel": jnp.zeros((3, 4))}
     swapped = replace(layer, gradient=dict(params), linear_map=Product("...i,oi->...o"))
-    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(ema=0.5))
+    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(1, ema=0.5))
     match = r"Layer 'layer': `ema` has a state .*\(1, 3, 3\).* \(1, 4, 4\)"
     with pytest.raises(ValueError, match=match):
         solved(tx, params, swapped)
@@ -120,7 +120,9 @@ def test_ema_refuses_what_it_cannot_hold():
     with pytest.raises(ValueError, match=r"Layer 'layer' is a stack.*ema=0.0"):
         solved(tx, {"kernel": jnp.zeros((2, 4, 3))}, stack)
     with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
-        loco.solvers.majorized_newton(ema=1.0)
+        loco.solvers.majorized_newton(1, ema=1.0)
+    with pytest.raises(ValueError, match=r"ema=0.5 needs num_steps=1, got 2"):
+        loco.solvers.majorized_newton(2, ema=0.5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 9])

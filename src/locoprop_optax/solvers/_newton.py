@@ -59,8 +59,8 @@ def majorized_newton(
         definite.
       ema: how much of the curvature :math:`x^\top x` is kept from batch to batch, in
         [0, 1): a running average of it over the rows, corrected for its bias, stands
-        for the batch's own. Its state is one matrix a layer, of the kernel's rows. No
-        step then raises the objective only as far as the batches are alike. Default:
+        for the batch's own. Its state is one matrix a layer, of the kernel's rows. It
+        does not lie above this batch's problem, so that `num_steps` must be 1. Default:
         0, each batch by itself and no state.
       stride: the curvature is that of every `stride`-th example, scaled to all; of more
         where it would have fewer rows than columns. It makes the step cheaper where
@@ -76,12 +76,13 @@ def majorized_newton(
 
     Raises:
       TypeError: if `num_steps` or `stride` is no Python int.
-      ValueError: if `num_steps` or `stride` is below 1, `damping` negative or `ema` not
-        in [0, 1); when a step is traced, if the loss or the regularizer has no bounded
-        curvature; with `ema`, if a layer is a stack, works in groups or has several
-        axes of outputs, as attention's queries have, so that the shape of its state
-        cannot be told from its kernel; with `stride`, if the first axis of a layer's
-        inputs does not count examples. The message names the layer.
+      ValueError: if `num_steps` or `stride` is below 1, `damping` negative, `ema` not
+        in [0, 1) or given for more than one step; when a step is traced, if the loss or
+        the regularizer has no bounded curvature; with `ema`, if a layer is a stack,
+        works in groups or has several axes of outputs, as attention's queries have, so
+        that the shape of its state cannot be told from its kernel; with `stride`, if
+        the first axis of a layer's inputs does not count examples. The message names
+        the layer.
 
     Example:
       >>> import locoprop_optax as loco
@@ -92,6 +93,11 @@ def majorized_newton(
     check_not_negative("damping", damping)
     check_static("ema", ema)
     check_share("ema", ema)
+    if ema and num_steps > 1:
+        raise ValueError(
+            f"ema={ema} needs num_steps=1, got {num_steps}: curvature that is averaged "
+            "over batches does not bound this batch's, so that further steps diverge."
+        )
 
     def init(params):
         layers = visible(layers_of(params))

@@ -26,6 +26,11 @@ from locoprop_optax.targets._target import (
     zeros_for,
 )
 
+# Where a softmax is sure, sampled cotangents vanish, those of a wrong label do not.
+LEAST_SHARE = 1e-6
+# Cotangents below 1e-15 have a second moment whose inverse float32 does not hold.
+LEAST_DAMPING = 1e-30
+
 
 def natural_gradient(
     learning_rate: ScalarOrSchedule,
@@ -52,7 +57,8 @@ def natural_gradient(
     Args:
       learning_rate: :math:`\gamma > 0`, a float or a schedule.
       damping: :math:`\lambda \ge 0` relative to the mean eigenvalue of
-        :math:`\hat C`; a float or a schedule.
+        :math:`\hat C`, or to a millionth of that of this batch's own cotangents, if
+        that is larger; a float or a schedule.
       decay: :math:`\beta` in [0, 1). 0 takes each batch by itself.
 
     Returns:
@@ -91,10 +97,11 @@ def natural_gradient(
         per_example = _examples(layer, seen) * at_least_float32(seen.reshape(-1, units))
         second_moment = per_example.T @ per_example / len(per_example)
         state, unbiased = average_in(state, second_moment, decay, count)
-        mean = jnp.trace(unbiased) / units
-        diagonal = at(damping, count) * mean + (mean == 0)
-        metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
         rows = _examples(layer, layer.cotangents)
+        own = jnp.mean((rows * at_least_float32(layer.cotangents)) ** 2)
+        mean = jnp.maximum(jnp.trace(unbiased) / units, LEAST_SHARE * own)
+        diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
+        metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
         transform = (at(learning_rate, count) * rows * metric).astype(state.dtype)
         if layer.linear_map.ends_in_units:
             outputs, gradient = jax.tree.map(
