@@ -68,7 +68,7 @@ def newton(num_steps: int, damping: float, **options: Any) -> loco.solvers.Solve
 
 
 SQUARED = loco.losses.squared_loss()
-NATURAL = loco.targets.natural_gradient(1.0, damping=0.5)
+NATURAL = loco.targets.natural_gradient(1.0, damping=0.75)
 AUTOMATIC = {
     "squared loss": automatic(loss=SQUARED),
     "two local steps": automatic(solver=newton(2, 0.3)),

@@ -176,7 +176,7 @@ PAPER: Space = {
     "num_local_steps": Choice((5, 10, 20), 10),
 }
 LOCOPROP: Space = {
-    "target_damping": Range(0.05, 5.0, 0.5),
+    "target_damping": Range(0.05, 5.0, 0.75),
     "damping": Range(0.03, 3.0, 0.3),
 }
 LOCOPROP_MOMENTUM: Space = {

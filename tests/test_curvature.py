@@ -338,7 +338,7 @@ def test_locoprop_takes_the_same_step_as_with_functions():
     tx = loco.locoprop()
     by_hand = optax.chain(
         loco.scale_by_locoprop(
-            target=loco.targets.natural_gradient(1.0, damping=0.5),
+            target=loco.targets.natural_gradient(1.0, damping=0.75),
             solver=loco.solvers.majorized_newton(1, damping=0.3),
         ),
         loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0),

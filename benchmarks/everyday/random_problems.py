@@ -8,7 +8,10 @@ labels of several qualities and penalties of several strengths.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,17 +113,27 @@ class Network(nn.Module):
                 y = nn.BatchNorm(use_running_average=False)(y)
             y = TRANSFERS[drawn.transfer](y)
             if drawn.branch != "none" and x.shape == y.shape:
-                y = x + self._branch(y)
+                y = x + Branch(drawn.branch == "zero kernel")(y)
             x = y
         return nn.Dense(drawn.outputs)(x)
 
-    def _branch(self, y: jax.Array) -> jax.Array:
-        if self.drawn.branch == "zero kernel":
-            return nn.Dense(y.shape[-1], kernel_init=nn.initializers.zeros)(y)
-        y = nn.Dense(y.shape[-1])(y)
-        shape = y.shape[-1:]
-        name = f"scale_{y.shape[-1]}_{len(self.scope.variables().get('params', {}))}"
-        return y * self.param(name, nn.initializers.zeros, shape)
+
+class Branch(nn.Module):
+    """A dense layer whose outputs start at zero.
+
+    Attributes:
+      by_kernel: whether its kernel does, or a scale behind it.
+    """
+
+    by_kernel: bool
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """From features to as many."""
+        zeros = nn.initializers.zeros
+        if self.by_kernel:
+            return nn.Dense(y.shape[-1], kernel_init=zeros)(y)
+        return nn.Dense(y.shape[-1])(y) * self.param("scale", zeros, y.shape[-1:])
 
 
 def targets_of(key: jax.Array, x: jax.Array, drawn: Architecture, noise: jax.Array):
@@ -195,27 +208,21 @@ def diverged(run: dict[str, Any]) -> bool:
     return not (run["finite"] and worst <= HIGHEST)
 
 
-def runs(count: int, optimizers: Sequence[str], first: int = 0) -> Iterator[dict]:
-    """All runs of so many networks, each drawn from a seed of its own."""
-    for number in range(first, first + count):
-        rng = np.random.default_rng(number)
-        drawn, draws = Architecture.drawn(rng), Draws.drawn(rng, DRAWS)
-        for name in optimizers:
-            trained = jax.jit(
-                jax.vmap(lambda d, n=name, a=drawn: train(a, n, d)),
-                compiler_options=QUICKLY_COMPILED,
-            )
-            found = jax.device_get(trained(draws))
-            for at in range(DRAWS):
-                run = {key: value[at].item() for key, value in found.items()}
-                made = {key: float(value[at]) for key, value in draws._asdict().items()}
-                yield {
-                    "network": number,
-                    "optimizer": name,
-                    **drawn._asdict(),
-                    **made,
-                    **run,
-                }
+def runs_of(number: int, optimizers: Sequence[str]) -> list[dict[str, Any]]:
+    """All runs of the network that a seed draws."""
+    rng = np.random.default_rng(number)
+    drawn, draws = Architecture.drawn(rng), Draws.drawn(rng, DRAWS)
+    results = []
+    for name in optimizers:
+        trained = jax.jit(
+            jax.vmap(partial(train, drawn, name)), compiler_options=QUICKLY_COMPILED
+        )
+        found = {**draws._asdict(), **jax.device_get(trained(draws))}
+        for at in range(DRAWS):
+            run = {key: value[at].item() for key, value in found.items()}
+            about = {"network": number, "optimizer": name, **drawn._asdict()}
+            results.append({**about, **run})
+    return results
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
@@ -272,13 +279,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--networks", type=int, default=100, help=f"each trained {DRAWS} times")
     add("--first", type=int, default=0, help="the seed of the first network")
+    add("--workers", type=int, default=2, help="networks that are trained at a time")
     add("--optimizers", nargs="+", choices=[*OPTIMIZERS], default=[*OPTIMIZERS])
     add("--output", type=Path, default=Path("out"), help="the folder for results")
     options = parser.parse_args(arguments)
     made = provenance()
-    total = options.networks * len(options.optimizers) * DRAWS
-    found = runs(options.networks, options.optimizers, options.first)
-    results = list(track(found, "Training", total=total))
+    numbers = range(options.first, options.first + options.networks)
+    work = partial(runs_of, optimizers=options.optimizers)
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        found = pool.map(work, numbers)
+        parts = list(track(found, "Training", total=options.networks))
+    results = [run for part in parts for run in part]
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "random_problems.jsonl"
     lines = [{"made": made, "steps": STEPS}, *results]

@@ -41,10 +41,10 @@ def locoprop(
 
     Args:
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
-        decay to zero helps in long training and where batches are small. Default: 1,
-        all of it.
+        decay to zero averages the noise of the last batches out. Default: 1, all of
+        it.
       loss: the local loss. Default: `losses.matching_loss()`.
-      target: the local target. Default: `targets.natural_gradient(1.0, damping=0.5)`.
+      target: the local target. Default: `targets.natural_gradient(1.0, damping=0.75)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
       solver: how the problems are solved. Default:
         `solvers.majorized_newton(1, damping=0.3)`.
@@ -93,7 +93,7 @@ def locoprop(
       <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
       solver, and putting them together, are ours.
     """
-    usual_target = targets.natural_gradient(1.0, damping=0.5)
+    usual_target = targets.natural_gradient(1.0, damping=0.75)
     usual_solver = solvers.majorized_newton(1, damping=0.3)
 
     def decay(count):
