@@ -13,7 +13,7 @@ class KeepFiniteState(NamedTuple):
 
     Attributes:
       inner_state: the state of the optimizer within.
-      skipped_steps: how many of its steps were not taken.
+      skipped_steps: how many of its steps were not taken, for either reason.
     """
 
     inner_state: Any
@@ -26,10 +26,10 @@ def keep_finite(
     """Skips steps that would make a parameter or the state not finite.
 
     A batch with a NaN in it, or a step that overflows, then changes neither the
-    parameters nor the optimizer's state, and is counted, as is a step within that
-    `scale_by_quadratic_model` refuses. All ready optimizers of this
-    package stand behind this guard. It looks at what the optimizer returns, where
-    `optax.apply_if_finite` looks at the gradient that goes in.
+    parameters nor the optimizer's state, and is counted. So is a step within that
+    `scale_by_quadratic_model` refuses, because the loss would rise after it. All ready
+    optimizers of this package stand behind this guard. It looks at what the optimizer
+    returns, where `optax.apply_if_finite` looks at the gradient that goes in.
 
     Args:
       optimizer: what is guarded, the whole chain: what follows it is not.

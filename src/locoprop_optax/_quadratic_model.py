@@ -263,6 +263,7 @@ def minimize_along(
         z, strength, value = state.velocity, state.damping, linear.value
         d, gradient = direction(linear, updates, z, strength)
         model = on_the_plane(linear, gradient, d, z, strength)
+        rate = at(learning_rate, state.count)
         beta, rho = (
             None if fixed is None else jnp.asarray(at(fixed, state.count))
             for fixed in (step_size, momentum)
@@ -270,14 +271,13 @@ def minimize_along(
         if trust_region is None:
             beta, rho = model.minimum(beta, rho)
         else:
-            beta, rho = trust_region.minimum(model, value, beta, rho)
+            beta, rho = trust_region.minimum(model, value, beta, rho, rate)
         moved = jax.tree.map(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
         whole = jnp.ones_like(state.share)
         if trust_region is not None:
             whole = trust_region.length(moved, params)
-        rate = at(learning_rate, state.count)
 
         def times(length, like):
             return jax.tree.map(

@@ -31,7 +31,9 @@ class TrustRegion:
        minimum :math:`-\tfrac12 s^\top M^{-1} s` by as much, so that it stays above
        :math:`-r`. The term is the Gauss-Newton matrix of the loss as the square of its
        root. It is small where the model promises a small part of the loss.
-    2. The momentum :math:`\rho` is between 0 and its largest value.
+    2. The momentum :math:`\rho` is between 0 and its largest value; with a learning
+       rate :math:`\eta < 1` it may be larger by :math:`1 - \eta`, the part of the last
+       step that was not taken and is still ahead.
     3. No matrix of parameters moves by more than a share of its norm, or of
        :math:`\sqrt{d_\text{out}}` where that is larger, the norm of a matrix with
        outputs as large as its inputs. The whole step is shortened for it.
@@ -69,7 +71,12 @@ class TrustRegion:
         check_positive("max_relative_step", self.max_relative_step)
 
     def minimum(
-        self, model: PlaneModel, value: Array, beta: Array | None, rho: Array | None
+        self,
+        model: PlaneModel,
+        value: Array,
+        beta: Array | None,
+        rho: Array | None,
+        rate: float | Array = 1.0,
     ) -> tuple[Array, Array]:
         """The step size and the momentum, as far as they are not given.
 
@@ -78,12 +85,14 @@ class TrustRegion:
           value: the loss.
           beta: the step size, if it is given.
           rho: the momentum, if it is given.
+          rate: the learning rate, the part of a step that is taken.
         """
         if self.least_loss is not None:
             model = above_least(model, value - self.least_loss)
         if rho is None:
             _, free = model.minimum(beta, None)
-            rho = jnp.clip(free, 0.0, self.max_momentum)
+            left = 1.0 - jnp.minimum(rate, 1.0)
+            rho = jnp.clip(free, 0.0, self.max_momentum + left)
         return model.minimum(beta, rho)
 
     def length(self, step: Any, params: Any) -> Array:
