@@ -27,13 +27,23 @@ MOST = 20  # times the steps of a problem, where a step is very cheap
 
 
 def trained(
-    problem: Problem, names: Sequence[str], seeds: Sequence[int], progress: Progress
+    problem: Problem,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress,
+    allowed: float = 0.0,
 ) -> list[dict[str, Any]]:
     """All runs of some contestants on a problem.
 
-    The first of them says how long the runs at equal seconds are.
+    Args:
+      problem: what is to be learned.
+      names: keys of `CONTESTANTS`.
+      seeds: of weights and batches.
+      progress: where bars are shown.
+      allowed: the seconds of the runs at equal seconds; if zero, what the first
+        contestant's runs take.
     """
-    results, allowed = [], 0.0
+    results = []
     for name in names:
         contestant = CONTESTANTS[name]
         bar = progress.add_task(f"{problem.name}: {name}", total=None)
@@ -53,9 +63,9 @@ def trained(
 
         runs = list(run("steps", problem.steps))
         took = float(np.median([r["seconds"] for r in runs]))
-        allowed = allowed or took
+        decides, allowed = not allowed, allowed or took
         fitting = min(MOST * problem.steps, round(problem.steps * allowed / took))
-        if name == names[0]:
+        if decides:
             runs += [{**r, "equal": "seconds"} for r in runs]
         else:
             runs += run("seconds", max(1, fitting))
@@ -73,6 +83,12 @@ def trained(
         )
         progress.remove_task(bar)
     return results
+
+
+def _order(result: dict[str, Any]) -> tuple[int, int]:
+    """Where a result stands: by problem, then by contestant."""
+    names = [problem.name for problem in problems()]
+    return names.index(result["problem"]), [*CONTESTANTS].index(result["contestant"])
 
 
 def _plain(value: Any) -> Any:
@@ -103,15 +119,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "everyday.jsonl"
     results = read_results(path) if options.resume and path.exists() else []
-    done = {result["problem"] for result in results}
-    chosen = [p for p in problems() if p.name in {*options.problems} - done]
+    chosen = [problem for problem in problems() if problem.name in options.problems]
     with Progress() as progress:
         whole = progress.add_task("Problems", total=len(chosen))
         for problem in chosen:
-            found = trained(problem, options.contestants, options.seeds, progress)
+            done = [r for r in results if r["problem"] == problem.name]
+            known = {r["contestant"] for r in done}
+            names = [name for name in options.contestants if name not in known]
+            first = done[0] if done else {"steps": 0, "step_seconds": 0.0}
+            allowed = first["steps"] * first["step_seconds"]
+            found = trained(problem, names, options.seeds, progress, allowed)
             results += [{**result, "made": made} for result in found]
-            write_results(results, path)
+            write_results(sorted(results, key=_order), path)
             progress.advance(whole)
+    results = sorted(results, key=_order)
     Console().print(Markdown(report.markdown(results)))
     report.plot(results, path.with_suffix(".png"))
     print(f"Results: {path}\nPicture: {path.with_suffix('.png')}")

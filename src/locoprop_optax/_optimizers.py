@@ -155,7 +155,9 @@ def locoprop_momentum(
       loss: the local loss. Default: `losses.matching_loss()`.
       target: the local target. Default: `targets.normalized(0.05)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
-      solver: how the problems are solved. Default: `solvers.majorized_newton()`.
+      solver: how the problems are solved. Default:
+        `solvers.limited(solvers.majorized_newton(), 0.05)`, so that no layer moves far
+        at once.
       momentum: :math:`\mu` in [0, 1); None for none.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for local layers.
       fallback: a complete optimizer for all parameters that are not local. Default:
@@ -193,12 +195,13 @@ def locoprop_momentum(
       Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
       <https://arxiv.org/abs/2106.06199>`_, 2022. The target and the solver are ours.
     """
+    usual_solver = solvers.limited(solvers.majorized_newton(), 0.05)
     local = optax.chain(
         scale_by_locoprop(
             loss=loss,
             target=target,
             regularizer=regularizer,
-            solver=solver,
+            solver=usual_solver if solver is None else solver,
             include=include,
             exclude=exclude,
             stack_layers=stack_layers,

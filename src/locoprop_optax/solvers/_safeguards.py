@@ -18,14 +18,18 @@ def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
 
     .. math::
       \Delta \leftarrow \min\!\left(1,\
-      \rho \frac{\lVert \theta_0 \rVert}{\lVert \Delta \rVert}\right) \Delta
+      \rho \frac{\max(\lVert \theta_0 \rVert, \sqrt{d_\text{out}})}
+      {\lVert \Delta \rVert}\right) \Delta
+
+    A layer that starts at zero is measured by what it is to become: that with outputs
+    as large as its inputs.
 
     Args:
       solver: the other solver.
       max_relative_step: :math:`\rho > 0`, a float or a schedule.
 
     Returns:
-      The solver. A layer whose parameters are all zero is not limited.
+      The solver.
 
     Raises:
       ValueError: if `max_relative_step` is not positive.
@@ -41,8 +45,8 @@ def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
 
         def limit(problem, step):
             size, length = optax.tree.norm(problem.params), optax.tree.norm(step)
-            within = (length <= share * size) | (size == 0)
-            factor = jnp.where(within, 1.0, share * size / length)
+            longest = share * jnp.maximum(size, problem.preactivations.shape[-1] ** 0.5)
+            factor = jnp.where(length <= longest, 1.0, longest / length)
             return {name: factor.astype(s.dtype) * s for name, s in step.items()}
 
         step, state = solver.solve(problems, state, count)
