@@ -277,7 +277,7 @@ def minimize_along(
         )
         whole = jnp.ones_like(state.share)
         if trust_region is not None:
-            whole = trust_region.length(moved, params)
+            whole = trust_region.length(moved, params, rate)
 
         def times(length, like):
             return jax.tree.map(

@@ -95,9 +95,9 @@ class TrustRegion:
             rho = jnp.clip(free, 0.0, self.max_momentum + left)
         return model.minimum(beta, rho)
 
-    def length(self, step: Any, params: Any) -> Array:
-        """How much of a step no matrix moves too far by."""
-        longest = relative_length(step, params)
+    def length(self, step: Any, params: Any, rate: float | Array = 1.0) -> Array:
+        """How much of a step no matrix moves too far by, if `rate` of it is taken."""
+        longest = rate * relative_length(step, params)
         bound = self.max_relative_step
         return jnp.where(longest > bound, bound / longest, 1.0)
 
