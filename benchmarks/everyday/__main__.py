@@ -7,17 +7,19 @@ fit in the time of `locoprop()`, and its schedule ends with them.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
+from rich.progress import track
 
 from benchmarks.everyday import report
-from benchmarks.everyday.problem import Problem
 from benchmarks.everyday.problems import problems
 from benchmarks.everyday.training import CONTESTANTS, Trainer
 from benchmarks.provenance import provenance
@@ -27,35 +29,27 @@ MOST = 20  # times the steps of a problem, where a step is very cheap
 
 
 def trained(
-    problem: Problem,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    progress: Progress,
-    allowed: float = 0.0,
+    name: str, contestants: Sequence[str], seeds: Sequence[int], allowed: float
 ) -> list[dict[str, Any]]:
     """All runs of some contestants on a problem.
 
     Args:
-      problem: what is to be learned.
-      names: keys of `CONTESTANTS`.
+      name: of the problem.
+      contestants: keys of `CONTESTANTS`.
       seeds: of weights and batches.
-      progress: where bars are shown.
       allowed: the seconds of the runs at equal seconds; if zero, what the first
         contestant's runs take.
     """
+    problem = next(problem for problem in problems() if problem.name == name)
     results = []
-    for name in names:
-        contestant = CONTESTANTS[name]
-        bar = progress.add_task(f"{problem.name}: {name}", total=None)
-        trainer = Trainer(problem, contestant)
-        rates = contestant.rates or (0.0,)
-        progress.update(bar, total=2 * len(rates) * len(seeds))
+    for contestant in contestants:
+        trainer = Trainer(problem, CONTESTANTS[contestant])
+        rates = CONTESTANTS[contestant].rates or (0.0,)
 
-        def run(equal, steps, bar=bar, trainer=trainer, rates=rates):
+        def run(equal, steps, trainer=trainer, rates=rates):
             for rate in rates:
                 for seed in seeds:
                     found = trainer.run(seed, steps, rate)._asdict()
-                    progress.advance(bar)
                     yield {
                         **{"equal": equal, "rate": rate, "seed": seed, "steps": steps},
                         **{key: _plain(value) for key, value in found.items()},
@@ -75,14 +69,22 @@ def trained(
                 "apart": problem.apart,
                 "batch_size": problem.batch_size,
                 "steps": problem.steps,
-                "contestant": name,
+                "contestant": contestant,
                 "compile_seconds": round(trainer.compile_seconds, 2),
                 "step_seconds": took / problem.steps,
                 "runs": runs,
             }
         )
-        progress.remove_task(bar)
     return results
+
+
+def _pin(cores: Any) -> None:
+    """Keeps a worker on one core, so that the others change its times less."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def _contestants(results: Sequence[dict[str, Any]]) -> set[str]:
+    return {result["contestant"] for result in results}
 
 
 def _order(result: dict[str, Any]) -> tuple[int, int]:
@@ -105,13 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    known = [problem.name for problem in problems()]
+    names = [problem.name for problem in problems()]
     add = parser.add_argument
-    add("--problems", nargs="+", choices=known, default=known, metavar="NAME")
+    add("--problems", nargs="+", choices=names, default=names, metavar="NAME")
     add("--contestants", nargs="+", choices=[*CONTESTANTS], default=[*CONTESTANTS])
     add(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches"
     )
+    add("--workers", type=int, default=2, help="problems at a time, each on one core")
     add("--resume", action="store_true", help="keep and skip what was written before")
     add("--output", type=Path, default=Path("out"), help="the folder for results")
     options = parser.parse_args(arguments)
@@ -119,19 +122,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "everyday.jsonl"
     results = read_results(path) if options.resume and path.exists() else []
-    chosen = [problem for problem in problems() if problem.name in options.problems]
-    with Progress() as progress:
-        whole = progress.add_task("Problems", total=len(chosen))
-        for problem in chosen:
-            done = [r for r in results if r["problem"] == problem.name]
-            known = {r["contestant"] for r in done}
-            names = [name for name in options.contestants if name not in known]
-            first = done[0] if done else {"steps": 0, "step_seconds": 0.0}
-            allowed = first["steps"] * first["step_seconds"]
-            found = trained(problem, names, options.seeds, progress, allowed)
-            results += [{**result, "made": made} for result in found]
+    context = get_context("spawn")
+    cores = context.Queue()
+    pinned = sorted(os.sched_getaffinity(0))[: options.workers]
+    for core in pinned:
+        cores.put(core)
+    with ProcessPoolExecutor(
+        len(pinned), context, initializer=_pin, initargs=(cores,)
+    ) as pool:
+        pending = []
+        for name in options.problems:
+            done = [r for r in results if r["problem"] == name]
+            left = [n for n in options.contestants if n not in _contestants(done)]
+            allowed = done[0]["steps"] * done[0]["step_seconds"] if done else 0.0
+            pending.append(pool.submit(trained, name, left, options.seeds, allowed))
+        for future in track(as_completed(pending), "Problems", total=len(pending)):
+            results += [{**result, "made": made} for result in future.result()]
             write_results(sorted(results, key=_order), path)
-            progress.advance(whole)
     results = sorted(results, key=_order)
     Console().print(Markdown(report.markdown(results)))
     report.plot(results, path.with_suffix(".png"))

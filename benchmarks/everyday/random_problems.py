@@ -27,7 +27,7 @@ import locoprop_optax as loco
 from benchmarks.provenance import provenance
 from benchmarks.report import markdown_table
 
-ROWS, STEPS, DRAWS = 512, 60, 10
+ROWS, STEPS, DRAWS = 512, 60, 20
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}  # it is most of the time
 HIGHEST = 50  # a batch's loss, relative to the start: above it, a run has diverged
 OPTIMIZERS = {"locoprop": loco.locoprop, "locoprop_momentum": loco.locoprop_momentum}
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--networks", type=int, default=100, help=f"each trained {DRAWS} times")
+    add("--networks", type=int, default=50, help=f"each trained {DRAWS} times")
     add("--first", type=int, default=0, help="the seed of the first network")
     add("--workers", type=int, default=2, help="networks that are trained at a time")
     add("--optimizers", nargs="+", choices=[*OPTIMIZERS], default=[*OPTIMIZERS])
