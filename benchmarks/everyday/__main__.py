@@ -14,73 +14,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
-from benchmarks.everyday import report
+from benchmarks.everyday import report, runs
 from benchmarks.everyday.problems import problems
-from benchmarks.everyday.training import CONTESTANTS, Trainer
+from benchmarks.everyday.training import CONTESTANTS
 from benchmarks.provenance import provenance
 from benchmarks.report import read_results, write_results
-
-MOST = 20  # times the steps of a problem, where a step is very cheap
-
-
-def trained(
-    name: str, contestants: Sequence[str], seeds: Sequence[int], allowed: float
-) -> list[dict[str, Any]]:
-    """All runs of some contestants on a problem.
-
-    Args:
-      name: of the problem.
-      contestants: keys of `CONTESTANTS`.
-      seeds: of weights and batches.
-      allowed: the seconds of the runs at equal seconds; if zero, what the first
-        contestant's runs take.
-    """
-    problem = next(problem for problem in problems() if problem.name == name)
-    results = []
-    for contestant in contestants:
-        trainer = Trainer(problem, CONTESTANTS[contestant])
-        rates = CONTESTANTS[contestant].rates or (0.0,)
-
-        def run(equal, steps, trainer=trainer, rates=rates):
-            for rate in rates:
-                for seed in seeds:
-                    found = trainer.run(seed, steps, rate)._asdict()
-                    yield {
-                        **{"equal": equal, "rate": rate, "seed": seed, "steps": steps},
-                        **{key: _plain(value) for key, value in found.items()},
-                    }
-
-        runs = list(run("steps", problem.steps))
-        took = float(np.median([r["seconds"] for r in runs]))
-        decides, allowed = not allowed, allowed or took
-        fitting = min(MOST * problem.steps, round(problem.steps * allowed / took))
-        if decides:
-            runs += [{**r, "equal": "seconds"} for r in runs]
-        else:
-            runs += run("seconds", max(1, fitting))
-        results.append(
-            {
-                "problem": problem.name,
-                "apart": problem.apart,
-                "batch_size": problem.batch_size,
-                "steps": problem.steps,
-                "contestant": contestant,
-                "compile_seconds": round(trainer.compile_seconds, 2),
-                "step_seconds": took / problem.steps,
-                "runs": runs,
-            }
-        )
-    return results
-
-
-def _pin(cores: Any) -> None:
-    """Keeps a worker on one core, so that the others change its times less."""
-    os.sched_setaffinity(0, {cores.get()})
 
 
 def _contestants(results: Sequence[dict[str, Any]]) -> set[str]:
@@ -91,13 +33,6 @@ def _order(result: dict[str, Any]) -> tuple[int, int]:
     """Where a result stands: by problem, then by contestant."""
     names = [problem.name for problem in problems()]
     return names.index(result["problem"]), [*CONTESTANTS].index(result["contestant"])
-
-
-def _plain(value: Any) -> Any:
-    """A number with six digits, as JSON can hold it; None if it is not finite."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,14 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for core in pinned:
         cores.put(core)
     with ProcessPoolExecutor(
-        len(pinned), context, initializer=_pin, initargs=(cores,)
+        len(pinned), context, initializer=runs.pin, initargs=(cores,)
     ) as pool:
         pending = []
         for name in options.problems:
             done = [r for r in results if r["problem"] == name]
             left = [n for n in options.contestants if n not in _contestants(done)]
             allowed = done[0]["steps"] * done[0]["step_seconds"] if done else 0.0
-            pending.append(pool.submit(trained, name, left, options.seeds, allowed))
+            pending.append(
+                pool.submit(runs.trained, name, left, options.seeds, allowed)
+            )
         for future in track(as_completed(pending), "Problems", total=len(pending)):
             results += [{**result, "made": made} for result in future.result()]
             write_results(sorted(results, key=_order), path)
