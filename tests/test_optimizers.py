@@ -49,7 +49,7 @@ def test_locoprop_momentum_is_the_documented_chain():
             loss=loco.losses.matching_loss(),
             target=loco.targets.normalized(0.05),
             regularizer=loco.regularizers.none(),
-            solver=loco.solvers.majorized_newton(2, 0.1),
+            solver=loco.solvers.limited(loco.solvers.majorized_newton(2, 0.1), 0.05),
         ),
         optax.trace(0.9),
         optax.add_decayed_weights(0.01),
