@@ -350,7 +350,7 @@ def test_bfloat16_parameters_are_summed_in_float32():
     }
     *_, (_, updates, _) = steps_of(tx, model_fn, loss_fn, params, 1)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
-    assert states[-1].value < 0.5 * states[0].value
+    assert states[-1].inner_state.value < 0.5 * states[0].inner_state.value
 
 
 def test_outputs_may_be_a_tree_and_nothing_retraces():
