@@ -140,7 +140,8 @@ def kernels(params: Any) -> Any:
     """What Muon orthogonalizes: each kernel as a matrix from inputs to outputs."""
 
     def axes(path, leaf):
-        if path[-1].key != "kernel":
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if "kernel" not in keys:  # of NNX its value is below it
             return None
         return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
 

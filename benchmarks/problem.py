@@ -55,13 +55,23 @@ def make_task(problem: Problem, *, steps: int, batch_size: int, seed: int) -> Ta
       ValueError: if there are fewer examples than one batch holds.
     """
     inputs = problem.train.inputs
-    batches = len(inputs) // batch_size
-    if batches < 1:
-        raise ValueError(f"{len(inputs)} examples make no batch of {batch_size}.")
+    order = batches(len(inputs), steps=steps, batch_size=batch_size, seed=seed)
     params = problem.model.init(jax.random.key(seed), inputs[:1])["params"]
+    return Task(problem, params, order)
+
+
+def batches(count: int, *, steps: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of each batch, drawn epoch after epoch, one row a step.
+
+    Raises:
+      ValueError: if there are fewer examples than one batch holds.
+    """
+    each = count // batch_size
+    if each < 1:
+        raise ValueError(f"{count} examples make no batch of {batch_size}.")
     rng = np.random.default_rng(seed)
     epochs = [
-        rng.permutation(len(inputs))[: batches * batch_size].reshape(batches, -1)
-        for _ in range(math.ceil(steps / batches))
+        rng.permutation(count)[: each * batch_size].reshape(each, -1)
+        for _ in range(math.ceil(steps / each))
     ]
-    return Task(problem, params, np.concatenate(epochs)[:steps])
+    return np.concatenate(epochs)[:steps]

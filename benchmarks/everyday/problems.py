@@ -13,11 +13,7 @@ import optax
 
 from benchmarks.everyday import data, models
 from benchmarks.everyday.problem import Problem, in_linen, in_nnx
-
-
-def classes(logits: Any, labels: Any) -> jax.Array:
-    """The cross-entropy of classes, the mean over all labels."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+from benchmarks.networks import softmax_cross_entropy as classes
 
 
 def binary(logits: Any, labels: jax.Array) -> jax.Array:

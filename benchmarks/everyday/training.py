@@ -11,7 +11,9 @@ import optax
 from optax import contrib
 
 import locoprop_optax as loco
+from benchmarks.contestants import kernels
 from benchmarks.everyday.problem import Arrays, Problem
+from benchmarks.problem import batches
 
 
 class Contestant(NamedTuple):
@@ -32,23 +34,11 @@ class Contestant(NamedTuple):
     curvature: bool = False
 
 
-def _matrices(params: Any) -> Any:
-    """What Muon orthogonalizes: kernels, as matrices from inputs to outputs."""
-
-    def axes(path, leaf):
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        if "kernel" not in keys:
-            return None
-        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-
-    return jax.tree.map_with_path(axes, params)
-
-
 def _muon(schedule: Any) -> optax.GradientTransformation:
     return contrib.muon(
         schedule,
         adam_learning_rate=lambda count: 0.1 * schedule(count),
-        muon_weight_dimension_numbers=_matrices,
+        muon_weight_dimension_numbers=kernels,
     )
 
 
@@ -140,15 +130,11 @@ class Trainer:
         """Trains from the start; the seed draws weights and batches."""
         examples = self._data[0]
         count, size = len(examples[0]), self._problem.batch_size
-        rng = np.random.default_rng(seed)
-        order = [
-            rng.permutation(count)[: count // size * size].reshape(-1, size)
-            for _ in range(-(-steps // (count // size)))
-        ]
+        order = batches(count, steps=steps, batch_size=size, seed=seed)
         carry = jax.block_until_ready(self._start(jax.random.key(seed)))
         start = self._loss(carry, 0)
         losses, began = [], time.perf_counter()
-        for rows in np.concatenate(order)[:steps]:
+        for rows in order:
             carry, loss = self._step(carry, examples, rows, rate, float(steps))
             losses.append(loss)
         jax.block_until_ready(carry)

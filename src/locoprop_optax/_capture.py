@@ -126,12 +126,7 @@ class Capture(NamedTuple):
         }
 
     def collect(
-        self,
-        records: Mapping[str, Record],
-        gradient: LayerParams,
-        params: LayerParams,
-        *,
-        is_penalized: bool,
+        self, records: Mapping[str, Record], gradient: LayerParams
     ) -> LayerIntermediates:
         """The layer's intermediates, several calls joined along their examples."""
         first, *more = (records[str(number)] for number in self.calls)
@@ -141,7 +136,7 @@ class Capture(NamedTuple):
             return concatenate_examples(linear_map, arrays, len(self.stack))
 
         record = jax.tree.map(join, first, *more) if more else first
-        layer = LayerIntermediates(
+        return LayerIntermediates(
             inputs=record.inputs,
             preactivations=record.preactivations,
             cotangents=record.cotangents,
@@ -150,11 +145,6 @@ class Capture(NamedTuple):
             linear_map=linear_map,
             stack_dims=len(self.stack),
         )
-        if not is_penalized:
-            return layer
-        through = layer.pull_back(params)
-        penalty = {name: gradient[name] - g for name, g in through.items()}
-        return replace(layer, gradient=through, penalty=penalty)
 
 
 class Plan(NamedTuple):
@@ -204,28 +194,30 @@ class Plan(NamedTuple):
             curvature and sampled cotangents; None to do without.
         """
         gradient, layers = layers_of(grads), layers_of(params)
-        captured = self._collect(records, gradient, layers)
+        captured = self._with_penalties(self._collect(records, gradient), layers)
         if seeded_records is None:
             return captured
         parted = part(self.closed, self.by_loss, self.arguments, layers, self.penalized)
         found = seeded_records(self.probes(sampled_at_outputs(parted, layers)))
         for path, number in self.by_loss:
             found[path][str(number)] = found[path][str(number)].record
-        sampled = self._collect(found, gradient, layers)
-        both = add_sampled_cotangents(captured, sampled)
+        both = add_sampled_cotangents(captured, self._collect(found, gradient))
         return replace(both, curvature=curvature_at(parted, layers, gradient))
 
-    def _collect(
-        self, records: Probes, gradient: Layers, layers: Layers
-    ) -> Intermediates:
+    def _with_penalties(self, captured: Intermediates, layers: Layers) -> Intermediates:
+        """Tells the gradients of penalties from those through the layers."""
+        told_apart = {}
+        for path in self.penalized:
+            layer = captured.layers[path]
+            through = layer.pull_back(layers[path])
+            penalty = {name: layer.gradient[name] - g for name, g in through.items()}
+            told_apart[path] = replace(layer, gradient=through, penalty=penalty)
+        return replace(captured, layers={**captured.layers, **told_apart})
+
+    def _collect(self, records: Probes, gradient: Layers) -> Intermediates:
         return Intermediates(
             {
-                path: capture.collect(
-                    records[path],
-                    gradient[path],
-                    layers[path],
-                    is_penalized=path in self.penalized,
-                )
+                path: capture.collect(records[path], gradient[path])
                 for path, capture in self.captures.items()
             }
         )
