@@ -12,7 +12,7 @@ import optax
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from locoprop_optax._local_problem import pose
+from locoprop_optax._problems.problem import pose
 
 TRANSFERS = sorted(loco.losses.known_transfers())
 MAIN_TRANSFERS = ["identity", "relu", "sigmoid", "softmax", "tanh"]
@@ -64,9 +64,21 @@ def regression(model=None, seed=0, batch=8, features=4):
     return loss_fn, params, (x, y)
 
 
-def train_step(loss_fn, tx, curvature=False):
+def capture(loss_fn, **options):
+    """`loco.value_and_grad` of a loss whose layers are found at each call."""
+    has_aux = options.get("has_aux", False)
+
+    def loss_grads_and_intermediates(params, *args, **kwargs):
+        layers = loco.layers(loss_fn, **options)(params, *args, **kwargs)
+        differentiate = loco.value_and_grad(loss_fn, layers, has_aux=has_aux)
+        return differentiate(params, *args, **kwargs)
+
+    return loss_grads_and_intermediates
+
+
+def train_step(loss_fn, layers, tx):
     """A training step with the intermediates, as the README writes it."""
-    capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
+    capture = loco.value_and_grad(loss_fn, layers)
 
     def step(params, opt_state, batch):
         loss, grads, intermediates = capture(params, batch)
@@ -76,6 +88,19 @@ def train_step(loss_fn, tx, curvature=False):
         return optax.apply_updates(params, updates), opt_state, loss
 
     return step
+
+
+def layers_for(params):
+    """The layers of parameters that are Dense layers, each by itself."""
+
+    def loss_fn(params):
+        outputs = []
+        for layer in params.values():
+            x = jnp.ones((2, layer["kernel"].shape[0]), layer["kernel"].dtype)
+            outputs.append(jnp.sum(x @ layer["kernel"] + layer.get("bias", 0.0)))
+        return sum(outputs)
+
+    return loco.layers(loss_fn)(params)
 
 
 def counted(function):
@@ -122,9 +147,11 @@ def problem_of(params, layer, *, gamma=0.1, loss=None, regularizer=None):
     return problem
 
 
-def solved(tx, params, layer):
-    """The update of one layer, as an Optax transformation returns it."""
-    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+def solved(make, params, layer):
+    """The update of one layer, as an optimizer made of its layers returns it."""
+    tree = {"layer": params}
+    tx = make(layers_for(tree))
+    intermediates = loco.Intermediates({"layer/kernel": layer})
     grads = {"layer": dict(layer.gradient)}
     updates, _ = tx.update(grads, tx.init(tree), tree, intermediates=intermediates)
     return updates["layer"]
@@ -137,7 +164,7 @@ SHAPES = (  # few, since each is compiled once for all tests: examples, inputs, 
     {"n": 7, "d_in": 3, "d_out": 1},
     {"n": 9, "d_in": 2, "d_out": 4},
 )
-layers = st.builds(
+random_layers = st.builds(
     lambda shape, **drawn: {**shape, **drawn},
     st.sampled_from(SHAPES),
     seed=st.integers(0, 2**32 - 1),

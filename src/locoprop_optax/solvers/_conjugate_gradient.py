@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from locoprop_optax._hyperparams import (
+from locoprop_optax._problems.problem import LocalProblem
+from locoprop_optax._records.linear_maps import LayerParams
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_count,
     check_not_negative,
 )
-from locoprop_optax._layers import LayerParams
-from locoprop_optax._local_problem import LocalProblem
 from locoprop_optax.solvers._newton import bounds
 from locoprop_optax.solvers._solver import Solver, repeat
 

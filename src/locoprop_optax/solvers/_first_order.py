@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from locoprop_optax._dtypes import at_least_float32
-from locoprop_optax._hyperparams import (
+from locoprop_optax._problems.problem import LocalProblems
+from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_count,
     check_positive,
 )
-from locoprop_optax._local_problem import LocalProblems
 from locoprop_optax.solvers._solver import Solver, repeat
 
 OptimizerFromRate: TypeAlias = Callable[[Any], optax.GradientTransformation]

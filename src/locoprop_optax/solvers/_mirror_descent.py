@@ -1,7 +1,7 @@
 """Mirror descent in the geometry of the regularizer."""
 
-from locoprop_optax._hyperparams import check_count
-from locoprop_optax._layers import LayerError
+from locoprop_optax._utils.errors import LayerError
+from locoprop_optax._utils.hyperparams import check_count
 from locoprop_optax.solvers._solver import Solver, repeat
 
 

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from locoprop_optax._gram import Gram, Inverse
-from locoprop_optax._hyperparams import (
+from locoprop_optax._problems.gram import Gram, Inverse
+from locoprop_optax._problems.problem import SQUARED_LOSS, LocalProblem
+from locoprop_optax._records.linear_maps import LayerParams
+from locoprop_optax._transforms.keep_finite import increased
+from locoprop_optax._utils.errors import LayerError
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_count,
@@ -18,16 +22,6 @@ from locoprop_optax._hyperparams import (
     check_share,
     check_static,
 )
-from locoprop_optax._keep_finite import increased
-from locoprop_optax._layers import (
-    LayerError,
-    LayerParams,
-    anchor,
-    layers_of,
-    per_layer,
-    visible,
-)
-from locoprop_optax._local_problem import SQUARED_LOSS, LocalProblem
 from locoprop_optax.solvers._solver import Solver, repeat
 
 
@@ -100,10 +94,10 @@ def majorized_newton(
         )
 
     def init(params):
-        layers = visible(layers_of(params))
-        zeros = {p: _no_curvature(leaves) for p, leaves in layers.items() if ema}
         return MajorizedNewtonState(
-            curvature=per_layer(zeros, params) if ema else (),
+            curvature={p: _no_curvature(part) for p, part in params.items()}
+            if ema
+            else (),
             raised_damping=jnp.zeros((), jnp.int32),
         )
 
@@ -117,16 +111,16 @@ def majorized_newton(
                     "state. Use ema=0.0, or name the layer in `exclude=`."
                 )
             average = partial(_averaged, ema=ema, count=count)
-            known = problems.from_state(state.curvature)
+            known = layers.like(state.curvature)
             grams, moved = grams.map(average, known).unzip()
-            averages = problems.to_state(moved)
+            averages = moved.to_layers()
         factorize = partial(_factorize, damping=at(damping, count))
         # An inverse is much to compile, so that equal ones are made at once.
         factors = layers.map(_curvature, grams).map_together(factorize)
         step = layers.map(partial(_steps, num_steps=num_steps), factors)
         raised = sum(jnp.sum(factor.raised) for factor in factors.values)
         total = increased(state.raised_damping, raised)
-        return problems.to_tree(step), MajorizedNewtonState(averages, total)
+        return step.to_layers(), MajorizedNewtonState(averages, total)
 
     return Solver(init, solve)
 
@@ -238,7 +232,7 @@ class _Factor(NamedTuple):
 
 def _no_curvature(params: LayerParams) -> Gram:
     """The state of `ema` before the first batch, by the kernel's shape."""
-    kernel = params[anchor(params)]
+    kernel = params["kernel"]
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
     return Gram.of(no_examples, "bias" in params)

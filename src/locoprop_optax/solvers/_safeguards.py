@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from locoprop_optax._hyperparams import (
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_count,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from locoprop_optax._local_problem import LocalProblem, LocalProblems
+from locoprop_optax._problems.problem import LocalProblem, LocalProblems
 
 T = TypeVar("T")
 

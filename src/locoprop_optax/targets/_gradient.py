@@ -6,18 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from locoprop_optax._hyperparams import (
+from locoprop_optax._records.intermediates import LayerIntermediates
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_positive,
     check_share,
 )
-from locoprop_optax._intermediates import LayerIntermediates
 from locoprop_optax.targets._target import (
     Displacement,
     Target,
     average_in,
-    check_units,
     zeros_for,
 )
 
@@ -60,7 +59,7 @@ def gradient_descent(learning_rate: ScalarOrSchedule) -> Target:
         del loss
         return _scaled(layer, at(learning_rate, count)), state
 
-    return Target(lambda kernel: (), update)
+    return Target(lambda kernel, stack_dims: (), update)
 
 
 def normalized(
@@ -86,9 +85,7 @@ def normalized(
         its own. Default False: one number for the layer.
 
     Returns:
-      The target. Its state is :math:`v`, in an array of shape `kernel.shape[:-2]`,
-      which has room for one number for each layer of a scanned stack; with `by_unit`
-      it has the kernel's last axis, too.
+      The target. Its state is :math:`v`, one number a layer, or one a unit.
 
     Raises:
       ValueError: if `learning_rate` is not positive or `decay` not in [0, 1).
@@ -100,8 +97,8 @@ def normalized(
     check_positive("learning_rate (γ of the target)", learning_rate)
     check_share("decay", decay)
 
-    def init(kernel):
-        return zeros_for(kernel, *kernel.shape[-1:] * by_unit)
+    def init(kernel, stack_dims):
+        return zeros_for(kernel, stack_dims, *kernel.shape[-1:] * by_unit)
 
     def update(layer, loss, state, count):
         del loss
@@ -109,8 +106,6 @@ def normalized(
         per_example = rows * layer.cotangents.astype(state.dtype)
         axes = tuple(range(per_example.ndim - by_unit))
         mean_square = jnp.mean(per_example**2, axis=axes)
-        if by_unit:
-            check_units(state.shape[-1], layer, "normalized(by_unit=True)")
         state, unbiased = average_in(state, mean_square, decay, count)
         per_rms = jnp.where(unbiased > 0, jax.lax.rsqrt(unbiased), 0.0)
         scale = (at(learning_rate, count) * rows * per_rms).astype(state.dtype)

@@ -1,28 +1,22 @@
 """Targets along the cotangents in the metric of their second moment."""
 
-import math
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from locoprop_optax._dtypes import at_least_float32
-from locoprop_optax._hyperparams import (
+from locoprop_optax._problems.inverse import in_full_precision, inverse
+from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.errors import LayerError
+from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_not_negative,
     check_positive,
     check_share,
 )
-from locoprop_optax._intermediates import LayerIntermediates
-from locoprop_optax._inverse import in_full_precision, inverse
-from locoprop_optax._layers import LayerError
-from locoprop_optax._linear_maps import Channelwise
 from locoprop_optax.targets._target import (
     Displacement,
     Target,
     average_in,
-    check_units,
     zeros_for,
 )
 
@@ -62,13 +56,10 @@ def natural_gradient(
       decay: :math:`\beta` in [0, 1). 0 takes each batch by itself.
 
     Returns:
-      The target. Its state is :math:`C` for the units of the output's last axis, an
-      array of shape `kernel.shape[:-2] + (d, d)`: a copy for each entry of the
-      kernel's other axes, which may count the layers of a stack.
+      The target. Its state is :math:`C` for the units of the output's last axis.
 
     Raises:
-      ValueError: if a number is out of its range; when a step is traced, if the units
-        of a layer's output are not those of its kernel's last axis.
+      ValueError: if a number is out of its range.
 
     Example:
       >>> import locoprop_optax as loco
@@ -91,13 +82,14 @@ def natural_gradient(
     def update(layer, loss, state, count):
         del loss
         units = layer.cotangents.shape[-1]
-        check_units(state.shape[-1], layer, "natural_gradient")
         sampled = layer.sampled_cotangents
         seen = layer.cotangents if sampled is None else sampled
-        per_example = _examples(layer, seen) * at_least_float32(seen.reshape(-1, units))
+        per_example = layer.linear_map.examples(seen) * at_least_float32(
+            seen.reshape(-1, units)
+        )
         second_moment = per_example.T @ per_example / len(per_example)
         state, unbiased = average_in(state, second_moment, decay, count)
-        rows = _examples(layer, layer.cotangents)
+        rows = layer.linear_map.examples(layer.cotangents)
         own = jnp.mean((rows * at_least_float32(layer.cotangents)) ** 2)
         mean = jnp.maximum(jnp.trace(unbiased) / units, LEAST_SHARE * own)
         diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
@@ -110,7 +102,10 @@ def natural_gradient(
             return Displacement(outputs, gradient), state
         return Displacement(layer.cotangents @ transform), state
 
-    return Target(lambda kernel: zeros_for(kernel, *2 * kernel.shape[-1:]), update)
+    def init(kernel, stack_dims):
+        return zeros_for(kernel, stack_dims, *2 * kernel.shape[-1:])
+
+    return Target(init, update, samples=True)
 
 
 def gauss_newton(
@@ -166,14 +161,4 @@ def gauss_newton(
             )
         return natural.update(layer, loss, state, count)
 
-    return Target(natural.init, update)
-
-
-def _examples(layer: LayerIntermediates, cotangents: Array) -> int:
-    """How many losses the loss is the mean of, if each row of a Dense layer has one.
-
-    The positions of a convolution share the loss of their example.
-    """
-    if isinstance(layer.linear_map, Channelwise):
-        return cotangents.shape[0]
-    return math.prod(cotangents.shape[:-1])
+    return Target(natural.init, update, samples=True)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_optax._intermediates import LayerIntermediates
-from locoprop_optax._layers import LayerError
+from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax.losses import Loss
 
 
@@ -29,36 +28,27 @@ class Target(NamedTuple):
     """A target for one layer, as a pair of pure functions.
 
     Attributes:
-      init: from a layer's kernel to the target's state for it, a pytree of arrays.
+      init: from a layer's kernel, and how many of its axes count stacked layers, to the
+        target's state for it, a pytree of arrays with the same axes in front.
       update: from (intermediates, local loss, state, count) to (displacement, new
-        state).
+        state), for one layer of a stack.
+      samples: whether it wants sampled cotangents in the intermediates.
     """
 
-    init: Callable[[Array], Any]
+    init: Callable[[Array, int], Any]
     update: Callable[[LayerIntermediates, Loss, Any, Array], tuple[Displacement, Any]]
+    samples: bool = False
 
 
-def zeros_for(kernel: Array, *shape: int) -> Array:
-    """State for a layer, with room for each layer of a scanned stack."""
+def zeros_for(kernel: Array, stack_dims: int, *shape: int) -> Array:
+    """State for a layer, with room for each layer of a stack."""
     dtype = jnp.promote_types(kernel.dtype, "float32")
-    return jnp.zeros(kernel.shape[:-2] + shape, dtype)
+    return jnp.zeros(kernel.shape[:stack_dims] + shape, dtype)
 
 
 def average_in(
     state: Array, now: Array, decay: float, count: Array
 ) -> tuple[Array, Array]:
-    """A running average, and its unbiased value, shaped as `now`."""
+    """A running average, and its unbiased value."""
     state = decay * state + (1 - decay) * now.astype(state.dtype)
-    average = state.reshape(-1, *now.shape)[0]
-    return state, average / (1 - decay ** (count + 1.0)).astype(state.dtype)
-
-
-def check_units(known: int, layer: LayerIntermediates, what: str) -> None:
-    """Raises a `LayerError` unless the output has as many units as are known."""
-    units = layer.cotangents.shape[-1]
-    if known != units:
-        raise LayerError(
-            f"{what} keeps something for each unit: the kernel's last axis counts "
-            f"{known}, but the layer's output has {units} units. Use another target, "
-            "or name the layer in `exclude=`."
-        )
+    return state, state / (1 - decay ** (count + 1.0)).astype(state.dtype)

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from locoprop_optax._hyperparams import check_share
-from locoprop_optax.targets._target import Displacement, Target, check_units, zeros_for
+from locoprop_optax._utils.hyperparams import check_share
+from locoprop_optax.targets._target import Displacement, Target, zeros_for
 
 
 def clipped(target: Target) -> Target:
@@ -33,7 +33,7 @@ def clipped(target: Target) -> Target:
         goal = loss.project(start - displacement.outputs)
         return Displacement(start - goal), state
 
-    return Target(target.init, update)
+    return Target(target.init, update, target.samples)
 
 
 def momentum(target: Target, decay: float = 0.9) -> Target:
@@ -57,8 +57,7 @@ def momentum(target: Target, decay: float = 0.9) -> Target:
       of the other target.
 
     Raises:
-      ValueError: if `decay` is not in [0, 1); when a step is traced, if the units of a
-        layer's output are not those of its kernel's last axis.
+      ValueError: if `decay` is not in [0, 1).
 
     Example:
       >>> import locoprop_optax as loco
@@ -69,18 +68,18 @@ def momentum(target: Target, decay: float = 0.9) -> Target:
     """
     check_share("decay", decay)
 
-    def init(kernel):
-        return target.init(kernel), zeros_for(kernel, kernel.shape[-1])
+    def init(kernel, stack_dims):
+        velocity = zeros_for(kernel, stack_dims, kernel.shape[-1])
+        return target.init(kernel, stack_dims), velocity
 
     def update(layer, loss, state, count):
         inner, velocity = state
         units = layer.cotangents.shape[-1]
-        check_units(velocity.shape[-1], layer, "momentum")
         displacement, inner = target.update(layer, loss, inner, count)
         kept = decay * velocity
-        outputs = displacement.outputs + kept.reshape(-1, units)[0]
+        outputs = displacement.outputs + kept
         mean = jnp.mean(displacement.outputs.reshape(-1, units), axis=0)
         velocity = kept + mean.astype(kept.dtype)
         return Displacement(outputs), (inner, velocity)
 
-    return Target(init, update)
+    return Target(init, update, target.samples)

@@ -1,0 +1,1 @@
+"""One layer's local problem, and which problems are solved together."""

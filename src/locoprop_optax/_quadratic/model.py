@@ -1,0 +1,373 @@
+r"""Step size and momentum from the damped Gauss-Newton model of the loss.
+
+With the model's outputs :math:`\Phi(\theta)`, a loss :math:`\ell(\Phi)`, the Jacobian
+:math:`J` of the outputs and the Hessian :math:`H` of the loss in them, the model of the
+change that a step :math:`s` makes is
+
+.. math::
+  q(s) = \nabla^\top s + \tfrac12 s^\top (J^\top H J + \lambda I)\, s .
+
+References:
+  Henriques, Ehrhardt, Albanie, Vedaldi, `Small Steps and Giant Leaps: Minimal Newton
+  Solvers for Deep Learning <https://arxiv.org/abs/1805.08095>`_, 2019, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from locoprop_optax._quadratic.backtracking import (
+    backtrack,
+    first_share,
+    in_doubt,
+    rises,
+)
+from locoprop_optax._quadratic.linearization import Linearization, on_the_plane
+from locoprop_optax._quadratic.trust_region import TrustRegion
+from locoprop_optax._records.paths import is_masked
+from locoprop_optax._transforms.keep_finite import all_finite, keep_finite
+from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.hyperparams import (
+    ScalarOrSchedule,
+    at,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
+
+
+class ScaleByQuadraticModelState(NamedTuple):
+    r"""State of `scale_by_quadratic_model` and of `curveball`, within `keep_finite`.
+
+    Attributes:
+      count: the number of updates so far.
+      velocity: the last step :math:`z`, before the learning rate.
+      damping: :math:`\lambda`.
+      value: the loss before the last step.
+      step_size: :math:`\beta` of the last step.
+      momentum: :math:`\rho` of the last step.
+      ratio: the loss's change over the model's, for the share of the step that was
+        taken, when it was last compared; 0 before and where the model promised no fall.
+      share: :math:`\alpha` of the last step.
+      refused: whether the last step was not taken, because of the loss after it.
+    """
+
+    count: Int[Array, ""]
+    velocity: Any
+    damping: Float[Array, ""]
+    value: Float[Array, ""]
+    step_size: Float[Array, ""]
+    momentum: Float[Array, ""]
+    ratio: Float[Array, ""]
+    share: Float[Array, ""]
+    refused: Bool[Array, ""]
+
+
+Direction = Callable[[Linearization, Any, Any, Array], tuple[Any, Any]]
+
+
+def scale_by_quadratic_model(
+    learning_rate: ScalarOrSchedule = 1.0,
+    damping: float = 1.0,
+    *,
+    step_size: ScalarOrSchedule | None = None,
+    momentum: ScalarOrSchedule | None = None,
+    damping_decay: float = 0.95,
+    adapt_every: int = 5,
+    trusted: tuple[float, float] = (0.25, 0.75),
+    damping_range: tuple[float, float] = (1e-8, 1e8),
+    trust_region: TrustRegion | None = TrustRegion(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Step size and momentum for any direction, with no rate to tune.
+
+    With the incoming direction :math:`d`, signed like a gradient, and the last step
+    :math:`z`, it returns :math:`\eta` times the step in their span that minimizes
+    :math:`q`:
+
+    .. math::
+      z \leftarrow \rho z - \beta d, \qquad
+      \begin{pmatrix} \beta \\ -\rho \end{pmatrix} =
+      \begin{pmatrix} d^\top \hat H d & z^\top \hat H d \\
+        z^\top \hat H d & z^\top \hat H z \end{pmatrix}^{-1}
+      \begin{pmatrix} \nabla^\top d \\ \nabla^\top z \end{pmatrix}, \qquad
+      \hat H = J^\top H J + \lambda I .
+
+    A batch's model holds near the parameters and for that batch. `TrustRegion` says how
+    far it is followed, and what is done with a step after which the loss would rise.
+
+    Every few steps the change of the loss is compared with :math:`q`, and
+    :math:`\lambda` adapted. The comparison is of the step that it returns, for
+    `optax.apply_updates`: what follows it in a chain is not seen. It costs two
+    forward-mode products a step, and a pass forward for each comparison. Where z adds
+    nothing to the span, as at the first step, it minimizes along d alone.
+
+    Where the direction is damped by itself, as LocoProp's are, `damping=0.0` and
+    `damping_decay=1.0` do best: :math:`\lambda` stays at zero.
+
+    Args:
+      learning_rate: :math:`\eta > 0`, a float or a schedule.
+      damping: :math:`\lambda \ge 0` at the start; the state holds it from then on.
+      step_size: :math:`\beta`, to fix it. Default None: from the model.
+      momentum: :math:`\rho`, to fix it. Default None: from the model.
+      damping_decay: what :math:`\lambda` is multiplied by, for each step since the last
+        comparison, after a good one, and divided by after a bad one; in (0, 1]. 1 keeps
+        it.
+      adapt_every: the number of steps from one comparison to the next; the first step
+        has one.
+      trusted: the ratio of the loss's change to the model's below which
+        :math:`\lambda` grows, and that above which it shrinks. It grows, too, after a
+        step that was shortened or refused.
+      damping_range: the least and the largest :math:`\lambda`.
+      trust_region: how far the model is trusted. None follows it wherever it leads.
+        Default: `TrustRegion()`.
+
+    Returns:
+      A transformation whose `update` takes `params`, `model_fn`, a function from
+      parameters to the model's outputs, any tree, and `loss_fn`, one from outputs to a
+      scalar, convex and twice differentiable; outputs of fewer bits reach it in
+      float32. Both are closed over the batch. `intermediates` with the loss's
+      curvature can take their place, from
+      `linen.value_and_grad(loss_fn, curvature=True)`. It stands behind `keep_finite`: a
+      batch that leads to something not finite changes nothing. A step to where the loss
+      is not finite is refused, the velocity forgotten, and :math:`\lambda` grows. Both
+      are counted: `optax.tree.get(state, "skipped_steps")`.
+
+    Raises:
+      TypeError: if `adapt_every` is no Python int; from `update`, if `params` is
+        missing, or the curvature and one of the functions.
+      ValueError: if a number is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
+      >>> import locoprop_optax as loco
+      >>> model, x = nn.Dense(2), jnp.eye(3)
+      >>> model_fn = lambda params: model.apply(params, x)
+      >>> loss_fn = lambda outputs: jnp.mean((outputs - 1) ** 2)
+      >>> total = lambda params: loss_fn(model_fn(params))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> tx = optax.chain(loco.scale_by_locoprop(), loco.scale_by_quadratic_model())
+      >>> loss, grads, intermediates = loco.linen.value_and_grad(total)(params)
+      >>> updates, state = tx.update(
+      ...     grads, tx.init(params), params, intermediates=intermediates,
+      ...     model_fn=model_fn, loss_fn=loss_fn)
+      >>> bool(total(optax.apply_updates(params, updates)) < loss)
+      True
+
+    References:
+      Henriques et al., 2019, equations 17 to 20; Martens, Grosse, `Optimizing Neural
+      Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015, sections 6 and 7.
+    """
+    return keep_finite(
+        minimize_along(
+            incoming,
+            learning_rate=learning_rate,
+            damping=damping,
+            step_size=step_size,
+            momentum=momentum,
+            damping_decay=damping_decay,
+            adapt_every=adapt_every,
+            trusted=trusted,
+            damping_range=damping_range,
+            trust_region=trust_region,
+        )
+    )
+
+
+def incoming(
+    linearization: Linearization, updates: Any, velocity: Any, damping: Array
+) -> tuple[Any, Any]:
+    """The direction that comes in, and the gradient if it is known."""
+    del velocity, damping
+    return updates, linearization.gradient
+
+
+def minimize_along(
+    direction: Direction,
+    *,
+    learning_rate: ScalarOrSchedule,
+    damping: float,
+    damping_decay: float,
+    step_size: ScalarOrSchedule | None = None,
+    momentum: ScalarOrSchedule | None = None,
+    adapt_every: int = 5,
+    trusted: tuple[float, float] = (0.25, 0.75),
+    damping_range: tuple[float, float] = (1e-8, 1e8),
+    trust_region: TrustRegion | None = TrustRegion(),
+) -> optax.GradientTransformationExtraArgs:
+    """Minimizes the damped model over the span of a direction and the last step.
+
+    A step is not finite where something that it is made of is not; the optimizer that
+    this is a part of stands behind `keep_finite`.
+
+    Args:
+      direction: from (linearization, updates, last step, damping) to the direction and
+        the gradient; None for the gradient of `loss_fn` at `model_fn`.
+      learning_rate: as in `scale_by_quadratic_model`, as all others.
+      damping: as there.
+      damping_decay: as there.
+      step_size: as there.
+      momentum: as there.
+      adapt_every: as there.
+      trusted: as there.
+      damping_range: as there.
+      trust_region: as there.
+    """
+    check_positive("learning_rate", learning_rate)
+    check_not_negative("damping", damping)
+    check_count("adapt_every", adapt_every)
+    if isinstance(damping_decay, int | float) and not 0 < damping_decay <= 1:
+        raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
+    _check_interval("trusted", trusted)
+    _check_interval("damping_range", damping_range)
+    factor = damping_decay**adapt_every
+
+    def adapted(strength, ratio, compared, whole):
+        grows = (compared & ~(ratio >= trusted[0])) | ~whole
+        shrinks = compared & whole & (ratio > trusted[1])
+        scale = jnp.where(grows, 1 / factor, jnp.where(shrinks, factor, 1.0))
+        bounded = jnp.clip(strength * scale, *damping_range)
+        return jnp.where(factor == 1, strength, bounded)
+
+    def init(params):
+        def zero():
+            return jnp.zeros((), jnp.float32)
+
+        return ScaleByQuadraticModelState(
+            count=jnp.zeros((), jnp.int32),
+            velocity=jax.tree.map(jnp.zeros_like, at_least_float32(params)),
+            damping=jnp.asarray(damping, jnp.float32),
+            value=zero(),
+            step_size=zero(),
+            momentum=zero(),
+            ratio=zero(),
+            share=jnp.ones((), jnp.float32),
+            refused=jnp.asarray(False),
+        )
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        model_fn: Any = None,
+        loss_fn: Any = None,
+        intermediates: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByQuadraticModelState]:
+        del extra_args
+        if params is None:
+            raise TypeError("update needs `params`.")
+        linear = _linearized(params, model_fn, loss_fn, intermediates)
+        z, strength, value = state.velocity, state.damping, linear.value
+        d, gradient = direction(linear, updates, z, strength)
+        model = on_the_plane(linear, gradient, d, z, strength)
+        rate = at(learning_rate, state.count)
+        beta, rho = (
+            None if fixed is None else jnp.asarray(at(fixed, state.count))
+            for fixed in (step_size, momentum)
+        )
+        if trust_region is None:
+            beta, rho = model.minimum(beta, rho)
+        else:
+            beta, rho = trust_region.minimum(model, value, beta, rho, rate)
+        moved = jax.tree.map(
+            lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
+        )
+        whole = jnp.ones_like(state.share)
+        if trust_region is not None:
+            whole = trust_region.length(moved, params, rate)
+
+        def times(length, like):
+            return jax.tree.map(
+                lambda v, p: (length.astype(v.dtype) * v).astype(p.dtype), moved, like
+            )
+
+        def change_after(share):
+            return linear.loss_at(times(share * whole * rate, params)) - value
+
+        def expected(share):
+            return model.change(share * whole * rate, beta, rho)
+
+        finite = all_finite((moved, model, value))
+        first = first_share(state.share)
+        compared = state.count % adapt_every == 0
+        slope = model.slope(beta, rho)
+        doubted = in_doubt(first, value, state.value, whole * slope)
+        shortens = trust_region is not None and trust_region.shorten
+        looks = finite & (compared | (shortens & doubted))
+        share, change = backtrack(
+            change_after, first, value, looks=looks, halves=shortens
+        )
+        refused = looks & (rises(change, value) if shortens else ~jnp.isfinite(change))
+        measured = jnp.where(refused, 0.0, _ratio(change, expected(share)))
+        ratio = jnp.where(looks, measured, state.ratio).astype(jnp.float32)
+        length = jnp.where(refused, 0.0, share * whole)
+        new_state = ScaleByQuadraticModelState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            velocity=times(length, z),
+            damping=adapted(strength, ratio, compared, (share == first) & ~refused),
+            value=value.astype(jnp.float32),
+            step_size=beta.astype(jnp.float32),
+            momentum=rho.astype(jnp.float32),
+            ratio=ratio,
+            share=share.astype(jnp.float32),
+            refused=refused,
+        )
+        step = times(jnp.where(finite, length * rate, jnp.nan), params)
+        return step, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _ratio(change: Array, expected: Array) -> Array:
+    """The loss's change over the model's; 0 where that is no fall."""
+    falls = expected < 0
+    return jnp.where(falls, change / jnp.where(falls, expected, 1.0), 0.0)
+
+
+def _check_interval(name: str, interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(
+            f"{name} must be two numbers, the first smaller and not negative, got "
+            f"{interval}."
+        )
+
+
+def _check_whole(params: Any) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_masked)
+    if any(map(is_masked, leaves)):
+        raise ValueError(
+            "A transformation around it, such as optax.masked or optax.partition, "
+            "hides parameters from `model_fn`, which needs all of them. To freeze "
+            "some, close `model_fn` over them and hand the others to the optimizer."
+        )
+
+
+def _linearized(
+    params: Any, model_fn: Any, loss_fn: Any, intermediates: Any
+) -> Linearization:
+    """The loss near the parameters, by hand or from the intermediates."""
+    model = getattr(intermediates, "gauss_newton", None)
+    if model is not None and (model_fn, loss_fn) == (None, None):
+        return model.linearize(params)
+    for name, value in {"model_fn": model_fn, "loss_fn": loss_fn}.items():
+        if value is None:
+            raise TypeError(
+                "update needs intermediates with the Gauss-Newton model of the loss, "
+                f"or `{name}`. Take the intermediates from "
+                "loco.value_and_grad(loss_fn, layers). Or call "
+                "tx.update(updates, state, params, model_fn=..., loss_fn=...) with a "
+                "function from parameters to outputs and one from outputs to the loss, "
+                "both closed over the batch, as model_and_loss makes them. "
+                "loco.locoprop_momentum needs neither."
+            )
+    _check_whole(params)
+    return Linearization.of(model_fn, loss_fn, params)

@@ -1,0 +1,1 @@
+"""What a captured pass leaves behind for an optimizer, layer by layer."""

@@ -1,0 +1,160 @@
+"""Which parameters form a layer, and in which form its records have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from locoprop_optax._records.linear_maps import LayerParams, LinearMap
+from locoprop_optax._records.paths import is_masked, path_of, paths_of
+from locoprop_optax.losses._transfers import Transfer
+
+
+class Rearrangement(Protocol):
+    """How a parameter's entries are rearranged; hashable."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """From the parameter."""
+        ...
+
+    def undo(self, array: jax.Array) -> jax.Array:
+        """Back to it."""
+        ...
+
+
+class Call(NamedTuple):
+    """The sizes of one use of a layer as a product of matrices."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as a loss uses it, whichever the batch.
+
+    Attributes:
+      path: of its weight.
+      bias: the path of its bias, if it has one.
+      forms: from the weight, and from the bias, to the kernel and the bias of
+        `linear_map`, stacked layers in front.
+      linear_map: from kernel and bias to the pre-activation.
+      stack: the shape of the axes in front that count stacked layers.
+      transfer: the function that is applied to the pre-activation.
+      reason: why it is taken for that.
+      calls: the sizes of its uses when it was found; for people to read.
+    """
+
+    path: str
+    bias: str | None
+    forms: Mapping[str, Rearrangement] = field(hash=False)
+    linear_map: LinearMap
+    stack: tuple[int, ...]
+    transfer: Transfer
+    reason: str
+    calls: tuple[Call, ...] = field(compare=False)
+
+    def is_like(self, other: Layer | None) -> bool:
+        """Whether another layer has the same parameters, in the same form."""
+        return other is not None and self._form == other._form
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        return self.path, self.bias, self.forms, self.stack, type(self.linear_map)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The path of each of its parameters, by what it is to the layer."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"kernel": self.path, **bias}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a loss, as `layers` finds them; static and hashable.
+
+    Printing it shows each layer: the path of its weight, its product, how many rows,
+    inputs and outputs that has, and its transfer function and why; below, which
+    parameters are no layers and why.
+
+    Attributes:
+      layers: the layers, in the order of their execution.
+      others: the path of each other parameter, and why it is no layer.
+    """
+
+    layers: tuple[Layer, ...]
+    others: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """The table."""
+        rows = [("layer", "product", "rows", "inputs", "outputs", "transfer", "why")]
+        rows += [row for layer in self.layers for row in _rows(layer)]
+        table = _aligned(rows)
+        if not self.others:
+            return table
+        others = [("no layer", "why"), *self.others]
+        return f"{table}\n\n{_aligned(others)}"
+
+    __repr__ = __str__
+
+    def __iter__(self):
+        """The layers."""
+        return iter(self.layers)
+
+    def split(self, tree: Any) -> dict[str, dict[str, Any]]:
+        """What a tree like the parameters holds for each layer that is not masked."""
+        held = dict(zip(paths_of(tree), _leaves(tree), strict=True))
+        parts: dict[str, dict[str, Any]] = {}
+        for layer in self.layers:
+            own = {name: held.get(path) for name, path in layer.paths.items()}
+            seen = {n: v for n, v in own.items() if v is not None and not is_masked(v)}
+            if seen:
+                parts[layer.path] = {n: layer.forms[n](v) for n, v in seen.items()}
+        return parts
+
+    def merge(self, tree: Any, parts: Mapping[str, LayerParams]) -> Any:
+        """The tree with the layers' parts in the places of its own."""
+        replaced = {
+            layer.paths[name]: layer.forms[name].undo(value)
+            for layer in self.layers
+            for name, value in parts.get(layer.path, {}).items()
+        }
+        return jax.tree.map_with_path(
+            lambda key_path, leaf: replaced.get(path_of(key_path), leaf),
+            tree,
+            is_leaf=is_masked,
+        )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=is_masked)
+
+
+def _rows(layer: Layer) -> list[tuple[str, ...]]:
+    bias = "" if layer.bias is None else f" + {layer.bias.split('/')[-1]}"
+    stack = f", {' × '.join(map(str, layer.stack))} layers" if layer.stack else ""
+    return [
+        (
+            layer.path + bias,
+            f"{layer.linear_map}{stack}",
+            *map(str, call),
+            layer.transfer.name,
+            layer.reason,
+        )
+        for call in layer.calls
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

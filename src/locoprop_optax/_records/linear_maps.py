@@ -1,0 +1,248 @@
+r"""How a layer's pre-activation depends on its parameters: always linearly.
+
+A linear map is all that a local problem knows about the kind of its layer. Seen as
+matrices, a layer is a product of its design matrix with its kernel, once for each of
+its groups (one, but for grouped convolutions):
+
+.. math::
+  a_g = X_g W_g + 1 b_g^\top, \qquad
+  X_g: n \times d,\quad W_g: d \times o
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LayerParams: TypeAlias = Mapping[str, jax.Array]
+
+
+class Matrices(NamedTuple):
+    """A layer's parameters, or numbers of their shapes, as matrices.
+
+    Attributes:
+      kernel: W.
+      bias: b as one row; None if there is none.
+    """
+
+    kernel: Float[Array, "g d o"]
+    bias: Float[Array, "g 1 o"] | None
+
+
+class LinearMap(Protocol):
+    """A layer, linear in its parameters; hashable, so that equal layers are found."""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether XLA sees products of matrices alone.
+
+        It runs them as fast in a stack of layers or in a loop, but no convolutions.
+        """
+        ...
+
+    @property
+    def ends_in_units(self) -> bool:
+        """Whether all units see all inputs.
+
+        A matrix that mixes the units of cotangents then mixes those of the gradient.
+        """
+        ...
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """The pre-activation that the parameters give."""
+        ...
+
+    def examples(self, cotangents: Array) -> int:
+        """How many losses the loss is the mean of, as far as the layer can tell."""
+        ...
+
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """The matrices X; `params` gives the parameters' shapes."""
+        ...
+
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The parameters as matrices."""
+        ...
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The inverse of `to_matrices`, in the shapes of `like`."""
+        ...
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The inputs of several calls or micro-batches, one after another."""
+        ...
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        ...
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with the kernel, plus a bias.
+
+    The input's last axes are summed with the kernel's first, in their order; all other
+    axes of the input count rows.
+
+    Attributes:
+      summed: how many axes are.
+      outputs: how many axes the kernel has beside them.
+    """
+
+    summed: int = 1
+    outputs: int = 1
+    is_product = True
+    ends_in_units = True
+
+    def __str__(self) -> str:
+        """What it is called in tables."""
+        return "product"
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """Computes the product and adds the bias; what is not given counts as zero."""
+        preactivations = jnp.tensordot(inputs, params["kernel"], axes=self.summed)
+        return preactivations + params["bias"] if "bias" in params else preactivations
+
+    def examples(self, cotangents: Array) -> int:
+        """Each row counts as one, and each axis of outputs but the last."""
+        return math.prod(cotangents.shape[:-1])
+
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """The inputs, their axes made rows and columns."""
+        columns = math.prod(params["kernel"].shape[: self.summed])
+        return inputs.reshape(1, -1, columns)
+
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The kernel with the axes that are summed made one, and the others."""
+        kernel = params["kernel"]
+        matrix = kernel.reshape(1, math.prod(kernel.shape[: self.summed]), -1)
+        bias = params["bias"].reshape(1, 1, -1) if "bias" in params else None
+        return Matrices(matrix, bias)
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The matrices in the shapes of the parameters."""
+        return _in_shapes(matrices, like)
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The rows of several calls; their axes are made one where calls differ."""
+        return _joined(parts, stack_dims, self.summed)
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        return _joined(parts, stack_dims, self.outputs)
+
+
+DENSE = Product()
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution, plus a bias; inputs `(batch, *space, channels)`.
+
+    Its kernel has the shape `(*window, channels of a group, outputs)`.
+
+    Attributes:
+      strides: of the window.
+      padding: before and after, for each axis of space.
+      input_dilation: of the inputs, more than 1 in a transposed convolution.
+      kernel_dilation: of the window.
+      groups: of channels that see inputs of their own.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int = 1
+    is_product = False
+
+    @property
+    def ends_in_units(self) -> bool:
+        """Whether all units see all inputs."""
+        return self.groups == 1
+
+    def __str__(self) -> str:
+        """What it is called in tables."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"convolution{groups}"
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """Convolves and adds the bias; what is not given counts as zero."""
+        preactivations = self._convolve(inputs, params["kernel"])
+        return preactivations + params["bias"] if "bias" in params else preactivations
+
+    def _convolve(self, inputs: Array, kernel: Array) -> Array:
+        rank = len(self.strides)
+        last = (0, rank + 1, *range(1, rank + 1))
+        specs = jax.lax.ConvDimensionNumbers(last, (rank + 1, rank, *range(rank)), last)
+        dtype = jnp.result_type(inputs, kernel)
+        return jax.lax.conv_general_dilated(
+            inputs.astype(dtype),
+            kernel.astype(dtype),
+            self.strides,
+            self.padding,
+            self.input_dilation,
+            self.kernel_dilation,
+            specs,
+            self.groups,
+        )
+
+    def examples(self, cotangents: Array) -> int:
+        """The positions of an example share its loss."""
+        return cotangents.shape[0]
+
+    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
+        """What the layer makes of kernels that pick one entry each."""
+        shape = params["kernel"].shape
+        rows, channels = math.prod(shape[:-1]), shape[-1] // self.groups
+        passes = -(-rows // channels)
+        picks = jnp.eye(rows, passes * channels, dtype=inputs.dtype)
+        picks = jnp.tile(picks.reshape(rows, passes, 1, channels), (self.groups, 1))
+        picks = jnp.moveaxis(picks, 1, 0).reshape(passes, *shape)
+        picked = jax.vmap(lambda kernel: self._convolve(inputs, kernel), out_axes=-2)
+        entries = picked(picks).reshape(-1, passes, self.groups, channels)
+        entries = jnp.moveaxis(entries, 2, 0)
+        return entries.reshape(*entries.shape[:2], -1)[..., :rows]
+
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The kernel with all axes but the channels' made one, by group."""
+        kernel = params["kernel"]
+        entries = kernel.reshape(-1, self.groups, kernel.shape[-1] // self.groups)
+        bias = params["bias"].reshape(self.groups, 1, -1) if "bias" in params else None
+        return Matrices(jnp.moveaxis(entries, 1, 0), bias)
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """Puts the axes back to where they were."""
+        kernel = jnp.moveaxis(matrices.kernel, 0, 1)
+        return _in_shapes(matrices._replace(kernel=kernel), like)
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The examples of several calls, one after another."""
+        return jnp.concatenate(parts, axis=stack_dims)
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        return jnp.concatenate(parts, axis=stack_dims)
+
+
+def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:
+    rows = [part.shape[stack_dims : part.ndim - columns] for part in parts]
+    if len({shape[1:] for shape in rows}) > 1 or any(not shape for shape in rows):
+        parts = [
+            p.reshape(*p.shape[:stack_dims], -1, *p.shape[p.ndim - columns :])
+            for p in parts
+        ]
+    return jnp.concatenate(parts, axis=stack_dims)
+
+
+def _in_shapes(matrices: Matrices, like: LayerParams) -> LayerParams:
+    kernel = matrices.kernel.reshape(like["kernel"].shape)
+    if matrices.bias is None:
+        return {"kernel": kernel}
+    return {"kernel": kernel, "bias": matrices.bias.reshape(like["bias"].shape)}

@@ -1,0 +1,1 @@
+"""The traced loss: its layers, their records, and where the rest of it is convex."""

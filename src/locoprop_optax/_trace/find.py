@@ -1,0 +1,218 @@
+"""Which parameters of a traced loss form layers, and why others do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from locoprop_optax._records.layers import Call, Layer, Layers
+from locoprop_optax._records.linear_maps import Product
+from locoprop_optax._records.paths import PathPattern, matches
+from locoprop_optax._trace.trace import Trace, trace
+from locoprop_optax._trace.transfer import Finding, find_transfer
+from locoprop_optax._trace.uses import Use
+from locoprop_optax.losses._transfers import (
+    IDENTITY,
+    Elementwise,
+    Transfer,
+    as_transfer,
+    known_transfers,
+)
+
+Transfers = Mapping[str, str | Transfer | Elementwise]
+
+_UNKNOWN = Finding(IDENTITY, "")
+
+
+def layers(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    transfers: Transfers | None = None,
+    exclude: PathPattern | None = None,
+) -> Callable[..., Layers]:
+    """Finds the layers of a loss: the places where a parameter enters linearly.
+
+    The loss is traced, without being run. A layer is a product of a parameter with
+    something else, a matrix product in any number of axes or a convolution, together
+    with what is added to all of its rows. Parameters are taken as they are or
+    rearranged, in loops, under `jax.vmap` and `jax.checkpoint`, and whichever library
+    calls them.
+
+    Args:
+      loss_fn: a function from params, a tree of arrays, and any other arguments to a
+        scalar loss, or to (loss, aux).
+      has_aux: whether `loss_fn` returns (loss, aux). Default: no.
+      transfers: transfer functions by the path of a weight or a glob, which override
+        what is found: names, `losses.Transfer`s or elementwise callables.
+      exclude: parameters that are to be no layers: a glob over paths, several, or a
+        predicate.
+
+    Returns:
+      A function with the arguments of `loss_fn` that returns the `Layers`. They are the
+      same for batches of other sizes.
+
+    Raises:
+      TypeError: when called, if `loss_fn` returns no scalar loss.
+      ValueError: when called, if a name in `transfers` is unknown or its path fits no
+        layer, or if there is no layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> import locoprop_optax as loco
+      >>> model = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(1)])
+      >>> x = jnp.ones((5, 3))
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> layers = loco.layers(loss_fn)(params, x)
+      >>> [(layer.path, layer.transfer.name) for layer in layers]
+      [('layers_0/kernel', 'tanh'), ('layers_2/kernel', 'identity')]
+    """
+    given = {path: as_transfer(t) for path, t in (transfers or {}).items()}
+
+    def find(params, *args, **kwargs):
+        traced, _ = trace(loss_fn, has_aux, params, args, kwargs)
+        return find_layers(traced, given, exclude)
+
+    return find
+
+
+def find_layers(
+    traced: Trace, transfers: Mapping[str, Transfer], exclude: PathPattern | None
+) -> Layers:
+    """The layers of a traced loss."""
+    chosen = own_uses(traced, exclude)
+    findings = _findings(traced, chosen, transfers)
+    found = tuple(
+        layer_of(traced.paths, uses, findings[weight])
+        for weight, uses in chosen.items()
+    )
+    parts = {path for layer in found for path in layer.paths.values()}
+    others = tuple(
+        (path, _why_not(traced, at, matches(exclude, path)))
+        for at, path in enumerate(traced.paths)
+        if path not in parts
+    )
+    _check_found(found, others)
+    for pattern in transfers:
+        if not any(matches(pattern, layer.path) for layer in found):
+            raise ValueError(
+                f"transfers={{{pattern!r}: ...}} fits no layer. Layers: "
+                f"{', '.join(repr(layer.path) for layer in found)}."
+            )
+    return Layers(found, others)
+
+
+def own_uses(traced: Trace, exclude: PathPattern | None) -> dict[int, list[Use]]:
+    """The uses of each parameter that are those of a layer.
+
+    A layer computes the same in all its uses; of several things that a parameter is
+    used for, the one with most rows. What else it does has a share in its gradient
+    alone.
+    """
+    reading = traced.reading
+    by_weight: dict[int, dict[Any, list[Use]]] = {}
+    biases: dict[int, int] = {}
+    for use in reading.uses:
+        weight, bias = use.linear.weight, use.linear.bias
+        if matches(exclude, traced.paths[weight]) or weight in reading.computed:
+            continue
+        if bias and (
+            matches(exclude, traced.paths[bias[0]])
+            or biases.setdefault(bias[0], weight) != weight
+        ):
+            use = without_bias(use)
+        alike = by_weight.setdefault(weight, {})
+        alike.setdefault((use.linear, use.stack), []).append(use)
+    return {
+        weight: max(alike.values(), key=lambda uses: sum(_sizes(u).rows for u in uses))
+        for weight, alike in by_weight.items()
+    }
+
+
+def without_bias(use: Use) -> Use:
+    """A use whose bias is something by itself."""
+    equations = use.graph.equations
+    (number,) = next(e.outputs for e in equations if e.position == use.position)
+    return use._replace(linear=use.linear._replace(bias=None), preactivation=number)
+
+
+def _findings(
+    traced: Trace,
+    chosen: Mapping[int, Sequence[Use]],
+    transfers: Mapping[str, Transfer],
+) -> dict[int, Finding]:
+    """The transfer function of each layer."""
+    known = list(known_transfers().values())
+    products: dict[int, set[int]] = {}
+    for use in (use for uses in chosen.values() for use in uses):
+        products.setdefault(id(use.graph), set()).add(use.preactivation)
+
+    def finding(path: str, uses: Sequence[Use]) -> Finding:
+        for pattern, transfer in transfers.items():
+            if matches(pattern, path):
+                return Finding(transfer, "given in transfers=")
+        found = [find_transfer(u, products[id(u.graph)], known) for u in uses]
+        names = {other.transfer.name for other in found}
+        if len(names) > 1:
+            return Finding(IDENTITY, f"its calls differ: {' and '.join(sorted(names))}")
+        return found[0]
+
+    return {w: finding(traced.paths[w], uses) for w, uses in chosen.items()}
+
+
+def layer_of(
+    paths: Sequence[str], uses: Sequence[Use], finding: Finding = _UNKNOWN
+) -> Layer:
+    """A layer by its uses."""
+    first = uses[0]
+    linear = first.linear
+    bias = {} if linear.bias is None else {"bias": linear.bias[1]}
+    return Layer(
+        path=paths[linear.weight],
+        bias=None if linear.bias is None else paths[linear.bias[0]],
+        forms={"kernel": linear.kernel, **bias},
+        linear_map=linear.linear_map,
+        stack=first.stack,
+        transfer=finding.transfer,
+        reason=finding.reason,
+        calls=tuple(_sizes(use) for use in uses),
+    )
+
+
+def _sizes(use: Use) -> Call:
+    linear_map, stack = use.linear.linear_map, len(use.stack)
+    kernel, outputs = use.linear.kernel.result[stack:], use.outputs.shape[stack:]
+    units = linear_map.outputs if isinstance(linear_map, Product) else 1
+    split = len(kernel) - units
+    total = math.prod(use.outputs.shape[stack : len(use.outputs.shape) - units])
+    if -1 in outputs:
+        whole = math.prod(use.scans) * math.prod(use.value.shape)
+        total = whole // math.prod(use.stack) // kernel[-1]
+    return Call(total, math.prod(kernel[:split]), math.prod(kernel[split:]))
+
+
+def _why_not(traced: Trace, number: int, is_excluded: bool) -> str:
+    reading = traced.reading
+    if is_excluded:
+        return "excluded"
+    if number in reading.computed:
+        return (
+            f"a kernel is computed from it by {reading.computed[number]}; use it as it "
+            "is, or leave it to the fallback"
+        )
+    ways = list(reading.otherwise.get(number, []))
+    if any(use.linear.bias and use.linear.bias[0] == number for use in reading.uses):
+        ways.append("added to what is no layer's product")
+    return ", ".join(ways) if ways else "the loss does not depend on it"
+
+
+def _check_found(found: Sequence[Layer], others: Sequence[tuple[str, str]]) -> None:
+    if found:
+        return
+    seen = "; ".join(f"{path!r}: {why}" for path, why in others) or "no parameter"
+    raise ValueError(
+        "No layer was found: no parameter is multiplied with anything that is not a "
+        f"parameter. Looked at {seen}."
+    )

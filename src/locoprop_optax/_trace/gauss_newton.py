@@ -1,0 +1,211 @@
+"""The Gauss-Newton model of a traced loss, and sampled cotangents for its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from locoprop_optax._quadratic.linearization import Linearization
+from locoprop_optax._records.layers import Layers
+from locoprop_optax._records.paths import is_masked, path_of
+from locoprop_optax._trace.collect import cotangents_of
+from locoprop_optax._trace.graph import Graph, is_number, run
+from locoprop_optax._trace.loss import Cut, tail_of
+from locoprop_optax._trace.trace import Trace
+from locoprop_optax._utils.dtypes import at_least_float32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GaussNewton:
+    """A traced loss at some parameters and arguments; what it says is made when asked.
+
+    Attributes:
+      arrays: the parameters' leaves, then all other arrays that the trace takes.
+      gradient: of the loss in the parameters' leaves.
+      key: for sampled cotangents; None to take one from the bits of the arguments.
+      traced: the trace.
+      layers: the layers.
+    """
+
+    arrays: list[Any]
+    gradient: list[Any]
+    key: Any
+    traced: Trace = field(metadata={"static": True})
+    layers: Layers = field(metadata={"static": True})
+
+    def linearize(self, params: Any) -> Linearization:
+        """The loss near the parameters, for changes in the form of `params`.
+
+        Parameters that an outer transformation masks do not change.
+        """
+        traced, count = self.traced, len(self.traced.paths)
+        leaves, rest = self.arrays[:count], self.arrays[count:]
+        loss = _CutLoss(traced.graph, traced.cut, rest)
+
+        def whole(change):
+            """The change of all leaves."""
+            held = {
+                path_of(key_path): leaf
+                for key_path, leaf in jax.tree.leaves_with_path(change)
+                if not is_masked(leaf)
+            }
+            return [
+                held[path].astype(leaf.dtype) if path in held else jnp.zeros_like(leaf)
+                for path, leaf in zip(traced.paths, leaves, strict=True)
+            ]
+
+        values, forward = jax.linearize(loss.values, leaves)
+        loss_gradient, hvp = jax.linearize(jax.grad(loss.behind), values)
+
+        def jvp(change):
+            return forward(whole(change))
+
+        def loss_at(change):
+            moved: Any = optax.apply_updates(leaves, whole(change))
+            return loss.behind(loss.values(moved))
+
+        known = dict(zip(traced.paths, self.gradient, strict=True))
+        gradient = jax.tree.map_with_path(
+            lambda key_path, leaf: (
+                leaf if is_masked(leaf) else known[path_of(key_path)]
+            ),
+            params,
+            is_leaf=is_masked,
+        )
+        return Linearization(
+            value=loss.behind(loss.values(leaves)),  # computed as `loss_at` does
+            loss_gradient=loss_gradient,
+            jvp=jvp,
+            vjp=lambda cotangents: jax.linear_transpose(jvp, params)(cotangents)[0],
+            hvp=hvp,
+            loss_at=loss_at,
+            gradient=gradient,
+        )
+
+    def sampled_cotangents(self) -> list[dict[str, jax.Array]]:
+        """The cotangents of each layer for sampled labels; none without curvature."""
+        traced, count = self.traced, len(self.traced.paths)
+        cut = traced.cut
+        if cut.values == traced.graph.results[:1]:
+            return []
+        leaves, rest = self.arrays[:count], self.arrays[count:]
+        seeds = _CutLoss(traced.graph, cut, rest).sample(leaves, self.key)
+        return [cotangents_of(traced, self.layers, self.arrays, seeds)]
+
+
+@dataclass(frozen=True)
+class _CutLoss:
+    """A loss in two parts, for one batch.
+
+    Attributes:
+      graph: the loss.
+      cut: where it is cut.
+      rest: all arrays that it takes beside its parameters.
+    """
+
+    graph: Graph
+    cut: Cut
+    rest: Sequence[Any]
+
+    def _given(self, leaves: Sequence[Any]) -> dict[int, Any]:
+        return dict(zip(self.graph.inputs, [*leaves, *self.rest], strict=True))
+
+    def values(self, leaves: Sequence[Any]) -> list[Any]:
+        """The values at the cut, and the parameters that are read behind it."""
+        given = self._given(leaves)
+        given.update(self.graph.held)
+        known = run(self.graph.leading_to(self.cut.values, set(given)), given)
+        params = [leaves[at] for at in self.cut.params]
+        return at_least_float32([*(known[n] for n in self.cut.values), *params])
+
+    def behind(self, values: Sequence[Any]) -> Any:
+        """The loss for values at the cut."""
+        graph, cut = self.graph, self.cut
+        numbers = [*cut.values, *(graph.inputs[at] for at in cut.params)]
+        count = len(graph.inputs) - len(self.rest)
+        given: dict[int, Any] = dict(zip(graph.inputs[count:], self.rest, strict=True))
+        given.update(graph.held)
+        for number, value in zip(numbers, values, strict=True):
+            given[number] = value.astype(graph.avals[number].dtype)
+        (loss,) = graph.results[:1]
+        assert is_number(loss)
+        return run(tail_of(graph, numbers), given)[loss].astype(jnp.float32)
+
+    def sample(self, leaves: Sequence[Any], key: Any) -> dict[int, jax.Array]:
+        r"""Cotangents of the values with the second moment of those for sampled labels.
+
+        Where the loss has the gradient :math:`w (f(a) - y)`, they are :math:`w r` with
+        random signs in :math:`r`, of which :math:`\operatorname{E}[r r^\top]` is the
+        Jacobian of :math:`f`, as it is of :math:`f(a) - y` for labels :math:`y` drawn
+        from the likelihood. Elsewhere their squares have the expectation of the
+        Hessian's diagonal. Without a key the signs are drawn from the batch's bits.
+        """
+        key = jax.random.key(self._bits()) if key is None else key
+        values = self.values(leaves)
+        count = len(self.cut.values)
+        signs = [_alternating(a) for a in values[:count]]
+        still = [jnp.zeros_like(a) for a in values[count:]]
+
+        def hvp(at):
+            gradient = jax.grad(self.behind)
+            return jax.jvp(gradient, (at,), ([*signs, *still],))[1]
+
+        middle = [jnp.full_like(a, 0.5) for a in values[:count]] + values[count:]
+        curved, own = hvp(middle), hvp(values)
+        sampled = {}
+        for at, (number, transfer) in enumerate(
+            zip(self.cut.values, self.cut.transfers, strict=True)
+        ):
+            a = values[at]
+            random = jax.random.rademacher(
+                jax.random.fold_in(key, at), a.shape, a.dtype
+            )
+            if transfer is None:
+                rows = math.prod(a.shape[:-1]) if a.ndim > 1 else a.size
+                diagonal = jnp.maximum(signs[at] * own[at], 0)
+                sampled[number] = jnp.sqrt(diagonal / rows) * random
+                continue
+            f = transfer.function
+            _, sloped = jax.jvp(f, (middle[at],), (signs[at],))
+            if transfer.over_last_axis:
+                weights = _rowwise(signs[at], curved[at]) / _rowwise(signs[at], sloped)
+                root = jnp.sqrt(f(a))
+                residual = root * random - f(a) * _rowwise(root, random)
+            else:
+                weights = curved[at] / sloped
+                slope = jax.jvp(f, (a,), (jnp.ones_like(a),))[1]
+                residual = jnp.sqrt(slope) * random
+            sampled[number] = (weights * residual).astype(a.dtype)
+        return sampled
+
+    def _bits(self) -> jax.Array:
+        """A number that depends on what the batch holds, whatever its order."""
+        count = len(self.graph.inputs) - len(self.rest)
+        read = zip(self.graph.inputs[count:], self.rest, strict=True)
+        used = [array for number, array in read if number in self.graph.consumers]
+        total = jnp.zeros((), jnp.uint32)
+        for array in used:
+            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+                array = jax.random.key_data(array)
+            if jnp.issubdtype(array.dtype, jnp.inexact):
+                array = array.astype(jnp.float32)
+                array = jax.lax.bitcast_convert_type(array, jnp.uint32)
+            total += jnp.sum(jnp.asarray(array).astype(jnp.uint32))
+        return total
+
+
+def _alternating(a: jax.Array) -> jax.Array:
+    """Signs that alternate along the last axis."""
+    signs = 1 - 2 * (jnp.arange(a.shape[-1] if a.ndim else 1) % 2)
+    return jnp.broadcast_to(signs, a.shape or (1,)).reshape(a.shape).astype(a.dtype)
+
+
+def _rowwise(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.sum(first * second, axis=-1, keepdims=True)

@@ -1,0 +1,33 @@
+"""One optimizer for layers, and another for all other parameters."""
+
+import jax
+import optax
+
+from locoprop_optax._records.fits import check_params
+from locoprop_optax._records.layers import Layers
+from locoprop_optax._records.paths import is_masked, path_of
+from locoprop_optax._transforms.keep_finite import keep_finite
+
+
+def with_fallback(
+    local: optax.GradientTransformation,
+    fallback: optax.GradientTransformation | None,
+    layers: Layers,
+) -> optax.GradientTransformationExtraArgs:
+    """Hands layers to one transformation and all other parameters to another.
+
+    A step of either that is not finite is a step of neither.
+    """
+    fallback = optax.adamw(1e-2) if fallback is None else fallback
+    paths = {path for layer in layers for path in layer.paths.values()}
+
+    def label(params):
+        check_params(params, layers)
+
+        def one(key_path, leaf):
+            del leaf
+            return "local" if path_of(key_path) in paths else "fallback"
+
+        return jax.tree.map_with_path(one, params, is_leaf=is_masked)
+
+    return keep_finite(optax.partition({"local": local, "fallback": fallback}, label))

@@ -1,0 +1,1 @@
+"""Numbers, their precision, and where they are."""

@@ -1,0 +1,368 @@
+from dataclasses import replace
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import locoprop_optax as loco
+from locoprop_optax._problems.problem import pose
+from tests.helpers import counted, layers, random_layer, regression, solved, train_step
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@given(layers, st.floats(0.01, 20))
+def test_gradient_descent_is_gamma_times_the_cotangents(drawn, gamma):
+    params, layer = random_layer(**drawn)
+    target = loco.targets.gradient_descent(gamma)
+    state = target.init(params["kernel"])
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
+    np.testing.assert_allclose(displacement.outputs, gamma * layer.cotangents)
+    np.testing.assert_allclose(
+        displacement.gradient["kernel"], gamma * layer.gradient["kernel"]
+    )
+
+
+def test_normalized_follows_its_formula_over_batches():
+    gamma, decay, moment = 0.05, 0.9, 0.0
+    target = loco.targets.normalized(gamma, decay)
+    params, _ = random_layer(0, 6, 4, 3)
+    state = target.init(params["kernel"])
+    for k in range(4):
+        n = 6 + k
+        _, layer = random_layer(k, n, 4, 3)
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
+        per_example = n * np.asarray(layer.cotangents)
+        moment = decay * moment + (1 - decay) * np.mean(per_example**2)
+        scale = gamma / np.sqrt(moment / (1 - decay ** (k + 1)))
+        np.testing.assert_allclose(displacement.outputs, scale * per_example)
+        np.testing.assert_allclose(
+            displacement.gradient["bias"], scale * per_example.sum(0)
+        )
+
+
+def test_normalized_takes_as_many_rows_as_a_large_image_has():
+    params, layer = random_layer(0, 50_000, 2, 1)
+    target = loco.targets.normalized(0.05)
+    displacement, _ = target.update(
+        layer, None, target.init(params["kernel"]), jnp.zeros((), jnp.int32)
+    )
+    rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2))
+    np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
+
+
+def test_normalized_by_unit():
+    params, layer = random_layer(0, 6, 4, 3)
+    target = loco.targets.normalized(0.05, by_unit=True)
+    state = target.init(params["kernel"])
+    displacement, state = target.update(layer, None, state, jnp.zeros((), int))
+    rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2, axis=0))
+    np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
+    assert displacement.gradient is None, "to be computed"
+    assert state.shape == (3,)
+    with pytest.raises(ValueError, match=r"last axis counts 4, but .* 3 units"):
+        target.update(layer, None, target.init(params["kernel"].T), jnp.zeros((), int))
+
+
+@given(layers, st.floats(1e-6, 1e6))
+def test_normalized_does_not_see_the_scale_of_the_loss(drawn, scale):
+    params, layer = random_layer(**drawn)
+    target = loco.targets.normalized(0.1)
+    moved = [
+        target.update(
+            loco.LayerIntermediates(
+                layer.inputs, layer.preactivations, s * layer.cotangents, {}
+            ),
+            None,
+            target.init(params["kernel"]),
+            jnp.zeros((), int),
+        )[0].outputs
+        for s in (1.0, scale)
+    ]
+    np.testing.assert_allclose(*moved, rtol=1e-9)
+
+
+def test_normalized_leaves_a_layer_without_gradient_where_it_is():
+    params, layer = random_layer(0, 6, 4, 3)
+    silent = loco.LayerIntermediates(
+        layer.inputs, layer.preactivations, 0 * layer.cotangents, {}
+    )
+    target = loco.targets.normalized(0.1)
+    displacement, _ = target.update(
+        silent, None, target.init(params["kernel"]), jnp.zeros((), int)
+    )
+    np.testing.assert_array_equal(displacement.outputs, 0)
+
+
+@pytest.mark.parametrize(
+    "make", [loco.targets.gradient_descent, loco.targets.normalized]
+)
+@pytest.mark.parametrize("gamma", [0.0, -1.0])
+def test_gamma_must_be_positive(make, gamma):
+    with pytest.raises(ValueError, match=f"γ.* must be positive, got {gamma}"):
+        make(gamma)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_decay_must_be_a_share(decay):
+    with pytest.raises(ValueError, match="decay must be in"):
+        loco.targets.normalized(0.1, decay)
+
+
+def second_moment(cotangents):
+    per_example = len(cotangents) * np.asarray(cotangents)
+    return per_example.T @ per_example / len(per_example)
+
+
+def test_natural_gradient_follows_its_formula_over_batches():
+    gamma, damping, decay, average = 0.5, 0.2, 0.7, 0.0
+    target = loco.targets.natural_gradient(gamma, damping, decay)
+    params, _ = random_layer(0, 6, 4, 3)
+    state = target.init(params["kernel"])
+    for k in range(3):
+        _, layer = random_layer(k, 6 + k, 4, 3)
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
+        average = decay * average + (1 - decay) * second_moment(layer.cotangents)
+        metric = average / (1 - decay ** (k + 1))
+        metric = metric + damping * np.trace(metric) / 3 * np.eye(3)
+        expected = gamma * (6 + k) * layer.cotangents @ np.linalg.inv(metric)
+        np.testing.assert_allclose(displacement.outputs, expected, rtol=1e-7)
+        np.testing.assert_allclose(
+            displacement.gradient["kernel"], layer.inputs.T @ expected, rtol=1e-7
+        )
+        np.testing.assert_allclose(
+            displacement.gradient["bias"], expected.sum(0), rtol=1e-7
+        )
+
+
+def test_natural_gradient_of_a_convolution_is_kfc():
+    """The formula of Grosse and Martens for a loss that is a mean over images."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"use_bias": False, "param_dtype": jnp.float64, "name": "conv"}
+            x = nn.Conv(3, (3,), **options)(x)
+            return jnp.sum(jnp.tanh(x), axis=(1, 2))
+
+    n, positions = 6, 5
+    x = jax.random.normal(jax.random.key(0), (n, positions, 2))
+    y = jax.random.normal(jax.random.key(1), (n,))
+    params = Network().init(jax.random.key(2), x)["params"]
+
+    def loss_fn(params):
+        return jnp.mean((Network().apply({"params": params}, x) - y) ** 2)
+
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    tx = loco.scale_by_locoprop(
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.natural_gradient(1.0, damping=0.2, decay=0.0),
+        solver=loco.solvers.exact(damping=0.1),
+    )
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+    patches = np.stack([padded[:, i : i + positions] for i in range(3)], axis=2)
+    patches = patches.reshape(n * positions, 6)
+    own = n * np.asarray(intermediates.layers["conv"].cotangents).reshape(-1, 3)
+    omega, gamma = patches.T @ patches / n, own.T @ own / len(own)
+    omega = omega + 0.1 * np.trace(omega) / 6 * np.eye(6)
+    gamma = gamma + 0.2 * np.trace(gamma) / 3 * np.eye(3)
+    gradient = np.asarray(grads["conv"]["kernel"]).reshape(6, 3)
+    expected = np.linalg.solve(omega, gradient) @ np.linalg.inv(gamma)
+    found = np.asarray(updates["conv"]["kernel"]).reshape(6, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_known"),
+    [
+        (nn.Dense(6), True),
+        (nn.DenseGeneral((2, 6)), True),
+        (nn.Conv(6, (3,)), True),
+        (nn.Conv(6, (3,), feature_group_count=2), False),
+        (nn.ConvTranspose(6, (3,)), True),
+        (nn.ConvTranspose(6, (3,), transpose_kernel=True), False),
+        (nn.Einsum((6, 6, 6), "bpi,bio->bpo"), True),
+        (nn.Einsum((6, 6), "bpi,oi->bpo"), False),
+        (nn.Einsum((5, 6), "bpi,pi->bpi"), False),
+    ],
+)
+def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_known):
+    model = model.clone(param_dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (6, 5, 6))
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def loss_fn(params):
+        return jnp.mean(jnp.sin(model.apply({"params": params}, x)))
+
+    _, _, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    (layer,) = intermediates.layers.values()
+    target = loco.targets.natural_gradient(0.5)
+    state = target.init(params["kernel"])
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
+    assert (displacement.gradient is not None) == is_known
+    if is_known:
+        _, pull_back = jax.vjp(lambda p: layer.linear_map(p, layer.inputs), params)
+        (expected,) = pull_back(displacement.outputs)
+        chex.assert_trees_all_close(displacement.gradient, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        loco.targets.natural_gradient(0.5),
+        loco.targets.momentum(loco.targets.normalized(0.05)),
+        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+    ],
+)
+def test_targets_of_a_convolution_that_computes_in_bfloat16(target):
+    model, x = nn.Conv(4, (3,), dtype=jnp.bfloat16), jnp.ones((2, 8, 3))
+    params = model.init(jax.random.key(0), x)
+
+    def loss_fn(params):
+        return jnp.mean(model.apply(params, x).astype(jnp.float32) ** 2)
+
+    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+    tx = loco.scale_by_locoprop(target=target)
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
+
+
+def test_natural_gradient_without_any_gradient_stays():
+    params, layer = random_layer(0, 6, 4, 3)
+    silent = replace(layer, cotangents=0 * layer.cotangents)
+    target = loco.targets.natural_gradient(1.0)
+    state = target.init(params["kernel"])
+    displacement, _ = target.update(silent, None, state, jnp.zeros((), int))
+    np.testing.assert_array_equal(displacement.outputs, 0)
+
+
+def test_gauss_newton_is_the_gauss_newton_matrix_of_the_output():
+    """With labels that move the output along each axis, the estimate is exact."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 2)))
+    head = jnp.asarray(rng.normal(size=(2, 4)))
+    x, y = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 4)))
+
+    def network(a):
+        return jnp.tanh(a) @ head
+
+    def loss(a, y):
+        return 0.5 * jnp.mean(jnp.sum((network(a) - y) ** 2, -1))
+
+    a = x @ kernel
+    many = jnp.repeat(a, 4, axis=0)
+    labels = network(many) + 2.0 * jnp.tile(jnp.eye(4), (5, 1))  # sqrt(4) unit axes
+    layer = loco.LayerIntermediates(
+        inputs=x,
+        preactivations=a,
+        cotangents=jax.grad(loss)(a, y),
+        gradient={"kernel": x.T @ jax.grad(loss)(a, y)},
+        sampled_cotangents=jax.grad(loss)(many, labels),
+    )
+    target = loco.targets.gauss_newton(1.0, damping=0.0)
+    state = target.init(kernel)
+    displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
+    jacobians = jax.vmap(jax.jacobian(network))(a)
+    matrix = jnp.mean(jnp.swapaxes(jacobians, 1, 2) @ jacobians, axis=0)
+    expected = 5 * layer.cotangents @ jnp.linalg.inv(matrix)
+    np.testing.assert_allclose(displacement.outputs, expected, rtol=1e-9)
+
+
+def test_gauss_newton_needs_sampled_cotangents():
+    params, layer = random_layer(0, 6, 4, 3)
+    tx = loco.scale_by_locoprop(target=loco.targets.gauss_newton(1.0))
+    with pytest.raises(
+        ValueError, match=r"Layer 'layer': .*sampled.*add_sampled_cotangents"
+    ):
+        solved(tx, params, layer)
+
+
+def test_clipped_targets_are_in_range():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    problem, _ = pose(
+        layer,
+        params,
+        (),
+        jnp.zeros((), int),
+        loss=loco.losses.matching_loss(),
+        target=loco.targets.clipped(loco.targets.gradient_descent(50.0)),
+        regularizer=loco.regularizers.none(),
+    )
+    free = jnp.tanh(layer.preactivations) - 50 * layer.cotangents
+    assert np.max(np.abs(free)) > 1
+    np.testing.assert_allclose(problem.targets, np.clip(free, -1, 1), rtol=1e-12)
+    found = problem.gradient_at_start()["kernel"]
+    np.testing.assert_allclose(found, problem.gradient(problem.no_step())["kernel"])
+
+
+def test_clipping_leaves_the_targets_of_the_squared_loss():
+    params, layer = random_layer(0, 6, 4, 3, "tanh")
+    plain = loco.targets.gradient_descent(50.0)
+    made = [
+        loco.scale_by_locoprop(loss=loco.losses.squared_loss(), target=target)
+        for target in (plain, loco.targets.clipped(plain))
+    ]
+    first, second = (solved(tx, params, layer)["kernel"] for tx in made)
+    np.testing.assert_allclose(first, second, rtol=1e-9)
+
+
+def test_momentum_keeps_the_mean_moving():
+    decay, velocity = 0.8, np.zeros(3)
+    target = loco.targets.momentum(loco.targets.gradient_descent(0.5), decay)
+    params, _ = random_layer(0, 6, 4, 3)
+    state = target.init(params["kernel"])
+    for k in range(4):
+        _, layer = random_layer(k, 5 + k, 4, 3)
+        displacement, state = target.update(layer, None, state, jnp.asarray(k))
+        own = 0.5 * np.asarray(layer.cotangents)
+        np.testing.assert_allclose(displacement.outputs, own + decay * velocity)
+        velocity = decay * velocity + own.mean(0)
+        np.testing.assert_allclose(displacement.outputs.mean(0), velocity)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        loco.targets.natural_gradient(0.5),
+        loco.targets.momentum(loco.targets.normalized(0.05)),
+        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+    ],
+)
+def test_targets_train_a_model_with_a_steady_state(target):
+    loss_fn, params, batch = regression()
+    tx = loco.locoprop_momentum(0.3, target=target, momentum=None)
+    step, traces = counted(train_step(loss_fn, tx))
+    state = tx.init(params)
+    structure = jax.tree.map(jnp.shape, state)
+    start = loss_fn(params, batch)
+    for _ in range(30):
+        params, state, loss = step(params, state, batch)
+    assert jax.tree.map(jnp.shape, state) == structure
+    assert len(traces) == 1
+    assert loss < 0.7 * start
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-18, 1e-25])
+def test_damping_does_not_vanish_with_the_cotangents(size):
+    """Their second moment underflows in float32; the step stays finite."""
+    params, layer = random_layer(0, n=6, d_in=3, d_out=4)
+    params, layer = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, layer))
+    tiny = replace(
+        layer,
+        cotangents=size * layer.cotangents,
+        gradient=jax.tree.map(lambda g: size * g, dict(layer.gradient)),
+    )
+    tx = loco.scale_by_locoprop(
+        target=loco.targets.natural_gradient(1.0, damping=0.5),
+        solver=loco.solvers.majorized_newton(1, 0.3),
+    )
+    step = solved(tx, params, tiny)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(step))
