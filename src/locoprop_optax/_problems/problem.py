@@ -153,8 +153,7 @@ class LocalProblem:
         )
 
     def _check_counts_examples(self, option: str) -> None:
-        columns = self.linear_map.summed if self.linear_map.is_product else 1
-        if self.inputs.ndim <= columns:
+        if self.inputs.ndim <= self.linear_map.summed:
             raise LayerError(
                 f"{option} of the first axis of its inputs, which does not count "
                 f"examples in {self.linear_map} of inputs of shape "

@@ -102,7 +102,9 @@ class Linearization(NamedTuple):
             jvp=lambda change: [part.jvp(change) for part in parts],
             vjp=vjp,
             hvp=hvp,
-            loss_at=lambda change: mean(*(part.loss_at(change) for part in parts)),
+            loss_at=lambda change: jnp.asarray(
+                mean(*(part.loss_at(change) for part in parts))
+            ),
             gradient=jax.tree.map(mean, *(part.gradient for part in parts)),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class GaussNewton(Protocol):
     """The Gauss-Newton model of a loss; what it costs is paid when it is asked."""
 
     @property
-    def gradient(self) -> list[Array]:
+    def gradient(self) -> Any:
         """The gradient of the loss, in the order of the parameters' leaves."""
         ...
 
@@ -83,7 +83,7 @@ class GaussNewton(Protocol):
         """The loss near the parameters, of which some may be masked."""
         ...
 
-    def sampled_cotangents(self) -> list[Mapping[str, Array]]:
+    def sampled_cotangents(self) -> Sequence[Mapping[str, Array]]:
         """Cotangents of all layers for sampled labels, for each batch it is made of.
 
         None where the loss has no curvature in anything that a layer gives.
@@ -140,13 +140,13 @@ class MeanGaussNewton:
     """The model of the mean of some losses."""
 
     parts: list[Any]
-    gradient: list[Array]
+    gradient: Any
 
     def linearize(self, params: Any) -> Linearization:
         """The mean of the losses near the parameters."""
         return Linearization.mean([part.linearize(params) for part in self.parts])
 
-    def sampled_cotangents(self) -> list[Mapping[str, Array]]:
+    def sampled_cotangents(self) -> Sequence[Mapping[str, Array]]:
         """Those of all parts."""
         return [found for part in self.parts for found in part.sampled_cotangents()]
 
@@ -275,13 +275,14 @@ def add_curvature(intermediates: Intermediates, part: Intermediates) -> Intermed
       >>> intermediates = loco.add_curvature(whole, part)
     """
     _check_same_layers(intermediates, part)
-    whole, of_part = intermediates.gauss_newton, part.gauss_newton
+    whole: Any = intermediates.gauss_newton
+    of_part: Any = part.gauss_newton
     if whole is None or of_part is None:
         raise ValueError(
             "There is no Gauss-Newton model. Take both from "
             "locoprop_optax.value_and_grad(loss_fn, layers)."
         )
-    model: Any = replace(of_part, gradient=whole.gradient)
+    model = replace(of_part, gradient=whole.gradient)
     return replace(intermediates, gauss_newton=model)
 
 

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
+from locoprop_optax._records.form import Form
 from locoprop_optax._records.linear_maps import LayerParams, LinearMap
 from locoprop_optax._records.paths import is_masked, path_of, paths_of
 from locoprop_optax.losses._transfers import Transfer
-
-
-class Rearrangement(Protocol):
-    """How a parameter's entries are rearranged; hashable."""
-
-    shape: tuple[int, ...]
-
-    def __call__(self, array: jax.Array) -> jax.Array:
-        """From the parameter."""
-        ...
-
-    def undo(self, array: jax.Array) -> jax.Array:
-        """Back to it."""
-        ...
 
 
 class Call(NamedTuple):
@@ -53,7 +40,7 @@ class Layer:
 
     path: str
     bias: str | None
-    forms: Mapping[str, Rearrangement] = field(hash=False)
+    forms: Mapping[str, Form] = field(hash=False)
     linear_map: LinearMap
     stack: tuple[int, ...]
     transfer: Transfer

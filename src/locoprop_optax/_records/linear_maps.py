@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,54 +35,6 @@ class Matrices(NamedTuple):
     bias: Float[Array, "g 1 o"] | None
 
 
-class LinearMap(Protocol):
-    """A layer, linear in its parameters; hashable, so that equal layers are found."""
-
-    @property
-    def is_product(self) -> bool:
-        """Whether XLA sees products of matrices alone.
-
-        It runs them as fast in a stack of layers or in a loop, but no convolutions.
-        """
-        ...
-
-    @property
-    def ends_in_units(self) -> bool:
-        """Whether all units see all inputs.
-
-        A matrix that mixes the units of cotangents then mixes those of the gradient.
-        """
-        ...
-
-    def __call__(self, params: LayerParams, inputs: Array) -> Array:
-        """The pre-activation that the parameters give."""
-        ...
-
-    def examples(self, cotangents: Array) -> int:
-        """How many losses the loss is the mean of, as far as the layer can tell."""
-        ...
-
-    def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
-        """The matrices X; `params` gives the parameters' shapes."""
-        ...
-
-    def to_matrices(self, params: LayerParams) -> Matrices:
-        """The parameters as matrices."""
-        ...
-
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
-        """The inverse of `to_matrices`, in the shapes of `like`."""
-        ...
-
-    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The inputs of several calls or micro-batches, one after another."""
-        ...
-
-    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The same for pre-activations, cotangents and targets."""
-        ...
-
-
 @dataclass(frozen=True)
 class Product:
     """A product with the kernel, plus a bias.
@@ -97,7 +49,7 @@ class Product:
 
     summed: int = 1
     outputs: int = 1
-    is_product = True
+    is_product = True  # so that XLA is as fast in a loop or under vmap
     ends_in_units = True
 
     def __str__(self) -> str:
@@ -160,11 +112,15 @@ class Convolution:
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     groups: int = 1
+    summed = outputs = 1
     is_product = False
 
     @property
     def ends_in_units(self) -> bool:
-        """Whether all units see all inputs."""
+        """Whether all units see all inputs.
+
+        A matrix that mixes the units of cotangents then mixes those of the gradient.
+        """
         return self.groups == 1
 
     def __str__(self) -> str:
@@ -229,6 +185,9 @@ class Convolution:
     def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
         """The same for pre-activations, cotangents and targets."""
         return jnp.concatenate(parts, axis=stack_dims)
+
+
+LinearMap: TypeAlias = Product | Convolution
 
 
 def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:

@@ -134,8 +134,10 @@ def collect(
     collected = {}
     for layer in layers:
         found = uses[layer.path]
+        x, a = _inputs_and_preactivations(layer, found, records, own[layer.path])
         record = LayerIntermediates(
-            **_inputs_and_preactivations(layer, found, records, own[layer.path]),
+            inputs=x,
+            preactivations=a,
             cotangents=joined_cotangents(layer, found, cotangents),
             gradient=gradients[layer.path],
             transfer=layer.transfer,
@@ -167,7 +169,7 @@ def _inputs_and_preactivations(
     uses: Sequence[Use],
     records: Places,
     params: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     linear_map, stack_dims = uses[0].linear.linear_map, len(layer.stack)
     found: list[tuple[Use, Record]] = [
         (use, value_at(records, use.position)) for use in uses
@@ -180,7 +182,7 @@ def _inputs_and_preactivations(
         bias = params["bias"].astype(a.dtype)
         rows = [1] * (a.ndim - bias.ndim)
         a = a + bias.reshape(*layer.stack, *rows, *bias.shape[stack_dims:])
-    return {"inputs": x, "preactivations": a}
+    return x, a
 
 
 def _joined(join: Any, parts: Sequence[jax.Array], stack_dims: int) -> jax.Array:

@@ -177,9 +177,9 @@ class Graph:
                 numbers.extend(self.equations[at].outputs)
         return [self.equations[at] for at in sorted(reached)]
 
-    def leading_to(self, wanted: Iterable[int], given: set[int]) -> list[Equation]:
+    def leading_to(self, wanted: Iterable[Atom], given: set[int]) -> list[Equation]:
         """The equations that make some numbers from others, in order."""
-        needed, chosen = set(wanted) - given, []
+        needed, chosen = set(filter(is_number, wanted)) - given, []
         for equation in reversed(self.equations):
             if not needed.isdisjoint(equation.outputs):
                 chosen.append(equation)

@@ -7,7 +7,7 @@ parameters, and what is behind it with its whole curvature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,8 @@ def _is_convex(graph: Graph, numbers: Sequence[int]) -> bool:
     """
     if sum(graph.avals[n].size for n in numbers) > _LARGEST_TEST:
         return True
-    loss, tail = graph.results[0], tail_of(graph, numbers)
+    loss: Any = graph.results[0]
+    tail = tail_of(graph, numbers)
     rng = np.random.default_rng(0)
     others = stand_ins(graph, tail, set(numbers), rng)
 

@@ -119,9 +119,19 @@ def functions_in(equation: core.JaxprEqn) -> list[core.Jaxpr]:
 def order(equation: core.JaxprEqn) -> Sequence[int]:
     """In which order a reshape reads the axes of its operand."""
     dimensions = equation.params.get("dimensions")
-    ndim = len(equation.invars[0].aval.shape)
-    is_reshape = equation.primitive == RESHAPE and dimensions is not None
-    return dimensions if is_reshape else range(ndim)
+    if equation.primitive == RESHAPE and dimensions is not None:
+        return dimensions
+    return range(len(shape_of(equation.invars[0])))
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of a variable or a literal."""
+    return tuple(atom.aval.shape)
+
+
+def dtype_of(atom: Any) -> Any:
+    """The dtype of a variable or a literal."""
+    return atom.aval.dtype
 
 
 class Scan(NamedTuple):

@@ -113,7 +113,7 @@ def _dropped_out(equation: Equation, operands: list[Any]) -> Any:
     """The grid, if zeros are put in places of a multiple of it that are not known."""
     if equation.primitive != primitives.SELECT or operands[0] is not None:
         return None
-    kept = [o for o in operands[1:] if o is None or np.any(o)]
+    kept: list[Any] = [o for o in operands[1:] if o is None or np.any(o)]
     if len(kept) != 1 or np.shape(kept[0]) != _GRID.shape:
         return None
     factor = kept[0][0] / _GRID[0]

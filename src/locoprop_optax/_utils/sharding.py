@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -48,7 +49,7 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 def _type_of(x: Any) -> Any:
     """The type of an array, or the type itself, as a trace has it."""
-    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return x if isinstance(x, core.ShapedArray) else jax.typeof(x)
 
 
 def zeros(like: jax.ShapeDtypeStruct, stack: tuple[int, ...] = ()) -> jax.Array:
