@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
+from locoprop_optax._layers import layers_of
 
 import locoprop_optax as loco
 from locoprop_optax._quadratic.linearization import Linearization
-from locoprop_optax._layers import layers_of
 from tests.helpers import MLP, regression
 
 X = jax.random.normal(jax.random.key(0), (12, 5))

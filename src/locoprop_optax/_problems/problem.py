@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from locoprop_optax._problems.gram import Gram
 from locoprop_optax._problems.grouping import Grouped
+from locoprop_optax._quadratic.linearization import inner
 from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._records.linear_maps import LayerParams, LinearMap, Product
 from locoprop_optax._utils.dtypes import at_least_float32
@@ -44,6 +45,8 @@ class LocalProblem:
       regularizer: :math:`R`.
       loss: :math:`\ell`.
       linear_map: :math:`A`.
+      penalty: the gradient of what else the loss has in the parameters, scaled as the
+        targets scale cotangents, a linear term; None if the solver does without.
       gram: the matrices :math:`x^\top x`, if the gradient is to be made of them instead
         of the examples. Only for the squared loss.
       weight: what the loss of the examples is multiplied by.
@@ -57,6 +60,7 @@ class LocalProblem:
     regularizer: Regularizer
     loss: Loss = field(metadata={"static": True})
     linear_map: LinearMap = field(metadata={"static": True})
+    penalty: LayerParams | None = None
     gram: Gram | None = None
     weight: float = field(default=1.0, metadata={"static": True})
 
@@ -67,7 +71,8 @@ class LocalProblem:
     def value_after(self, change: Array, step: LayerParams) -> Float[Array, ""]:
         """The local objective after a step that changes the pre-activations so."""
         loss = self.loss.value(self.preactivations + change, self.targets)
-        return self.weight * loss + self.regularizer.value(step, self.params)
+        linear = 0.0 if self.penalty is None else inner(self.penalty, step)
+        return self.weight * loss + linear + self.regularizer.value(step, self.params)
 
     def gradient(self, step: LayerParams) -> LayerParams:
         """The gradient of the local objective after a step."""
@@ -83,7 +88,7 @@ class LocalProblem:
         preactivations = self.preactivations + change
         residual = self.loss.gradient(preactivations, self.targets)
         (gradient,) = pull_back((self.weight * residual).astype(change.dtype))
-        return gradient
+        return _added(gradient, self.penalty)
 
     def gradient_at_start(self) -> LayerParams:
         """The gradient of the local objective before the first step, at no cost."""
@@ -161,8 +166,8 @@ class LocalProblem:
             )
 
     def _regularized(self, gradient: LayerParams, step: LayerParams) -> LayerParams:
-        penalty = self.regularizer.gradient(step, self.params)
-        return {name: gradient[name] + penalty[name] for name in step}
+        held = self.regularizer.gradient(step, self.params)
+        return {name: gradient[name] + held[name] for name in step}
 
 
 def pose(
@@ -174,8 +179,12 @@ def pose(
     loss: LossFactory,
     target: Target,
     regularizer: Regularizer,
+    with_penalty: bool = False,
 ) -> tuple[LocalProblem, Any]:
-    """Poses one layer's local problem, and moves its target's state on."""
+    """Poses one layer's local problem, and moves its target's state on.
+
+    Its penalty is left out unless it is asked for.
+    """
     layer = replace(
         layer,
         preactivations=at_least_float32(layer.preactivations),
@@ -183,11 +192,17 @@ def pose(
         gradient=at_least_float32(dict(layer.gradient)),
     )
     local_loss = loss(layer.transfer)
-    displacement, target_state = target.update(layer, local_loss, target_state, count)
+    before = target_state
+    displacement, target_state = target.update(layer, local_loss, before, count)
     start = local_loss.output(layer.preactivations)
     if layer.targets is not None:
         displacement = Displacement(start - layer.targets)
     goal = start - displacement.outputs
+    penalty = None
+    if with_penalty and layer.penalty is not None:
+        other = replace(layer, gradient=at_least_float32(dict(layer.penalty)))
+        scaled, _ = target.update(other, local_loss, before, count)
+        penalty = other.gradient if scaled.gradient is None else scaled.gradient
     params = at_least_float32(dict(params))
     known = displacement.gradient if local_loss.is_matching else None
     if known is None:
@@ -198,12 +213,19 @@ def pose(
         inputs=layer.inputs,
         preactivations=layer.preactivations,
         targets=goal,
-        initial_gradient={name: known[name] for name in params},
+        initial_gradient=_added({name: known[name] for name in params}, penalty),
         regularizer=regularizer,
         loss=local_loss,
         linear_map=layer.linear_map,
+        penalty=penalty,
     )
     return problem, target_state
+
+
+def _added(gradient: LayerParams, penalty: LayerParams | None) -> LayerParams:
+    if penalty is None:
+        return gradient
+    return {name: g + penalty[name] for name, g in gradient.items()}
 
 
 def _pull_back(

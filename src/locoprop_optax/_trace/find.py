@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from glob import escape
 from typing import Any
 
 from locoprop_optax._records.layers import Call, Layer, Layers
@@ -56,7 +57,10 @@ def layers(
     Raises:
       TypeError: when called, if `loss_fn` returns no scalar loss.
       ValueError: when called, if a name in `transfers` is unknown or its path fits no
-        layer, or if there is no layer.
+        layer, if there is no layer, or if the products of some matrices are hidden: in
+        a `while` loop, a `shard_map` or a function with a derivative rule of its own,
+        or because a kernel is computed from them. The message names them all, and what
+        to exclude.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -94,7 +98,7 @@ def find_layers(
         for at, path in enumerate(traced.paths)
         if path not in parts
     )
-    _check_found(found, others)
+    _check_found(traced, found, others)
     for pattern in transfers:
         if not any(matches(pattern, layer.path) for layer in found):
             raise ValueError(
@@ -197,22 +201,37 @@ def _why_not(traced: Trace, number: int, is_excluded: bool) -> str:
     reading = traced.reading
     if is_excluded:
         return "excluded"
-    if number in reading.computed:
-        return (
-            f"a kernel is computed from it by {reading.computed[number]}; use it as it "
-            "is, or leave it to the fallback"
-        )
+    if number in reading.hidden:
+        return reading.hidden[number]
     ways = list(reading.otherwise.get(number, []))
     if any(use.linear.bias and use.linear.bias[0] == number for use in reading.uses):
         ways.append("added to what is no layer's product")
     return ", ".join(ways) if ways else "the loss does not depend on it"
 
 
-def _check_found(found: Sequence[Layer], others: Sequence[tuple[str, str]]) -> None:
-    if found:
-        return
-    seen = "; ".join(f"{path!r}: {why}" for path, why in others) or "no parameter"
-    raise ValueError(
-        "No layer was found: no parameter is multiplied with anything that is not a "
-        f"parameter. Looked at {seen}."
-    )
+def _check_found(
+    traced: Trace, found: Sequence[Layer], others: Sequence[tuple[str, str]]
+) -> None:
+    """Raises one error for all matrices whose products are not seen."""
+    numbers = {path: at for at, path in enumerate(traced.paths)}
+    shapes = [traced.graph.avals[n].shape for n in traced.graph.inputs]
+    hidden = {
+        path: why
+        for path, why in others
+        if traced.reading.hidden.get(numbers[path]) == why
+        and len(shapes[numbers[path]]) > 1
+    }
+    if hidden:
+        lines = "\n".join(f"- {path!r}: {why}" for path, why in hidden.items())
+        globs = [escape(path) for path in hidden]
+        raise ValueError(
+            f"These parameters cannot be captured:\n{lines}\nUse them as they are, or "
+            f"pass exclude={globs} to locoprop_optax.layers, to leave them to the "
+            "fallback."
+        )
+    if not found:
+        seen = "; ".join(f"{path!r}: {why}" for path, why in others) or "none"
+        raise ValueError(
+            "No layer was found: no parameter is multiplied with anything that is no "
+            f"parameter. Parameters: {seen}."
+        )

@@ -47,25 +47,23 @@ def find_transfer(use: Use, products: set[int], known: Sequence[Transfer]) -> Fi
     with jax.ensure_compile_time_eval(), outside_shards():
         if use.outermost and (found := matching_of_loss(graph, start, products, known)):
             return Finding(found, "the loss is its matching loss", by_loss=True)
-        finding = _elementwise_consumer(graph, start, use.live, known)
+        finding = _elementwise_consumer(use, known)
     size = math.prod(graph.avals[start].shape)
     if use.outermost and finding.transfer == IDENTITY and size > _LARGEST_TEST:
         return Finding(IDENTITY, "too large to test the loss; name it in transfers=")
     return finding
 
 
-def _elementwise_consumer(
-    graph: Graph, start: int, live: set[int], known: Sequence[Transfer]
-) -> Finding:
+def _elementwise_consumer(use: Use, known: Sequence[Transfer]) -> Finding:
     """Looks for the last known function that all after a pre-activation goes through.
 
     What the loss does not depend on, such as logging, is passed over, and so is
     dropout.
     """
+    graph, start, live = use.graph, use.preactivation, use.live
     size = math.prod(graph.avals[start].shape)
     values: dict[int, Any] = {start: _GRID}
     ancestors: dict[int, set[int]] = {start: set()}
-    results = live.intersection(filter(is_number, graph.results))
     found = None
 
     def is_gateway(number: int) -> bool:
@@ -73,7 +71,7 @@ def _elementwise_consumer(
         inside = ancestors[number]
         readers = {at for n in inside for at in graph.consumers.get(n, ())}
         outputs = {o for at in readers for o in graph.equations[at].outputs}
-        return inside.isdisjoint(results) and outputs & live <= {number} | inside
+        return inside.isdisjoint(use.results) and outputs & live <= {number} | inside
 
     pending = list(graph.consumers.get(start, ()))
     while pending:
@@ -104,7 +102,7 @@ def _elementwise_consumer(
         for at in graph.consumers.get(start, ())
         if not live.isdisjoint(graph.equations[at].outputs)
     }
-    ends = ["a result"] if start in results else []
+    ends = ["a result"] if start in use.results else []
     goes_to = ", ".join(sorted(users) + ends) or "nothing"
     return Finding(IDENTITY, f"no known function: goes to {goes_to}")
 

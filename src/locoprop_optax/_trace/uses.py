@@ -45,7 +45,8 @@ class Use(NamedTuple):
       value: the type of the result in one turn of those.
       graph: the graph it stands in.
       preactivation: the number there of what the layer gives, its bias added.
-      live: the numbers there that the loss depends on differentiably.
+      results: the results of that graph that the loss depends on differentiably.
+      live: all numbers there that it does.
       outermost: whether the graph is the whole loss.
     """
 
@@ -59,6 +60,7 @@ class Use(NamedTuple):
     value: Any
     graph: Graph
     preactivation: int
+    results: set[int]
     live: set[int]
     outermost: bool
 
@@ -69,19 +71,23 @@ class Reading:
 
     Attributes:
       uses: the products, in the order of their execution.
-      otherwise: of each parameter how else it is read, as words for people.
-      computed: of parameters that kernels are computed from, by what.
+      otherwise: of each parameter how else it is read, in words.
+      hidden: of parameters whose products are not seen, why, in words.
+      computed: the parameters that kernels are computed from.
     """
 
     uses: list[Use] = field(default_factory=list)
     otherwise: dict[int, list[str]] = field(default_factory=dict)
-    computed: dict[int, str] = field(default_factory=dict)
+    hidden: dict[int, str] = field(default_factory=dict)
+    computed: set[int] = field(default_factory=set)
 
-    def note(self, number: int, what: str) -> None:
+    def note(self, number: int, what: str, *, hides: bool = False) -> None:
         """Notes that a parameter is read in another way than by a product."""
         known = self.otherwise.setdefault(number, [])
         if what not in known:
             known.append(what)
+        if hides:
+            self.hidden.setdefault(number, what)
 
 
 def read_parameters(graph: Graph, count: int) -> Reading:
@@ -91,7 +97,7 @@ def read_parameters(graph: Graph, count: int) -> Reading:
         number: Source(at, Form(tuple(graph.avals[number].shape)))
         for at, number in enumerate(graph.inputs[:count])
     }
-    _Scope(graph, sources, graph.live(graph.results[:1]), reading).read()
+    _Scope(graph, sources, graph.results[:1], reading).read()
     return reading
 
 
@@ -102,13 +108,14 @@ class _Scope:
         self,
         graph: Graph,
         sources: Sources,
-        live: set[int],
+        results: Sequence[Atom],
         reading: Reading,
         scans: tuple[int, ...] = (),
         *,
         outermost: bool = True,
     ):
-        self.graph, self.live, self.reading = graph, live, reading
+        self.graph, self.reading = graph, reading
+        self.results, self.live = set(filter(is_number, results)), graph.live(results)
         self.scans, self.outermost = scans, outermost
         self.sources: dict[int, Source] = dict(sources)
         self.computed: dict[int, tuple[set[int], str]] = {}
@@ -167,6 +174,7 @@ class _Scope:
                 value=equation.source.outvars[0].aval,
                 graph=self.graph,
                 preactivation=number,
+                results=self.results,
                 live=self.live,
                 outermost=self.outermost,
             )
@@ -203,25 +211,27 @@ class _Scope:
             for at in self.graph.consumers.get(number, ())
             if not self.live.isdisjoint(self.graph.equations[at].outputs)
         ]
-        return len(readers) == 1 and number not in self.graph.results
+        return len(readers) == 1 and number not in self.results
 
     def _enter(self, equation: Equation, operands: list[Source | None]) -> None:
         """Reads the functions of a loop or a condition."""
         for body in equation.bodies:
-            live = body.live(live_results(equation, body, self.live))
+            results = live_results(equation, body, self.live)
+            live = body.live(results)
             inner: dict[int, Source] = {}
             for at, source in enumerate(operands[equation.offset :]):
                 if source is None or body.inputs[at] not in live:
                     continue
                 entered = self._entered(equation, at, source)
                 if entered is None:
-                    self.reading.note(source.number, "enters a scan as its carry")
+                    what = "it enters a scan as its carry, or repeated"
+                    self.reading.note(source.number, what, hides=True)
                 else:
                     inner[body.inputs[at]] = entered
             scans = self.scans
             if equation.primitive == primitives.SCAN:
                 scans = (*scans, Scan.of(equation.source).length)
-            _Scope(body, inner, live, self.reading, scans, outermost=False).read()
+            _Scope(body, inner, results, self.reading, scans, outermost=False).read()
 
     def _entered(self, equation: Equation, at: int, source: Source) -> Source | None:
         if equation.primitive != primitives.SCAN:
@@ -235,7 +245,8 @@ class _Scope:
 
     def _read_otherwise(self, equation: Equation, source: Source) -> None:
         name = equation.primitive.name
-        self.reading.note(source.number, _in_words(equation))
+        what, hides = _in_words(equation)
+        self.reading.note(source.number, what, hides=hides)
         if self._is_as_large(equation, math.prod(source.shape)):
             self._compute(equation.outputs[0], {source.number}, name)
 
@@ -252,7 +263,8 @@ class _Scope:
         name = self.computed[inputs[0]][1]
         if equation.primitive in primitives.PRODUCTS or equation.bodies:
             for number in parameters:
-                self.reading.computed.setdefault(number, name)
+                self.reading.computed.add(number)
+                self.reading.hidden[number] = f"a kernel is computed from it, by {name}"
         elif self._is_as_large(
             equation, *(math.prod(self.graph.avals[n].shape) for n in inputs)
         ):
@@ -269,21 +281,21 @@ class _Scope:
         return equation.primitive in primitives.ASSEMBLING or size in sizes
 
 
-def _in_words(equation: Equation) -> str:
-    """How an equation reads a parameter."""
+def _in_words(equation: Equation) -> tuple[str, bool]:
+    """How an equation reads a parameter, and whether that may hide a product."""
     primitive = equation.primitive
     if primitive == primitives.LOOKUP:
-        return "looked up"
+        return "looked up", False
     if primitive in primitives.PRODUCTS:
-        return "multiplied with another parameter"
+        return "it is multiplied with a parameter", True
     if primitive in primitives.CUSTOM:
-        return "inside a function with a derivative rule of its own"
+        return "it enters a function with a derivative rule of its own", True
     if primitive == primitives.WHILE:
-        return "inside a while loop, which keeps no record of each turn"
+        return "it enters a while loop, which keeps no record of each turn", True
     if primitives.functions_in(equation.source):
-        return f"inside a {primitive.name}"
+        return f"it enters a {primitive.name}", True
     if primitive in primitives.ADD:
-        return "added"
+        return "added", False
     if primitive == primitives.MULTIPLY:
-        return "multiplied elementwise"
-    return f"goes to {primitive.name}"
+        return "multiplied elementwise", False
+    return f"goes to {primitive.name}", False

@@ -12,7 +12,7 @@ from locoprop_optax import losses, regularizers, solvers, targets
 from locoprop_optax._problems.grouping import Grouped
 from locoprop_optax._problems.problem import LocalProblems, pose
 from locoprop_optax._records.fits import check_layers, check_params, match_layers
-from locoprop_optax._records.intermediates import Intermediates, LayerIntermediates
+from locoprop_optax._records.intermediates import Intermediates
 from locoprop_optax._records.layers import Layers
 from locoprop_optax._transforms.diagnostics import (
     diagnose,
@@ -59,8 +59,9 @@ def scale_by_locoprop(
       \theta_\text{new} \approx \arg\min_\theta\
       \ell\big(a(\theta),\, t\big) + R(\theta - \theta_0) .
 
-    Where the loss has a penalty on a layer's parameters, its gradient is added as it
-    is: the problem knows nothing of it. The updates of all other parameters pass
+    Where the loss has a penalty on a layer's parameters, its gradient is a linear term
+    of the problem for a solver with a learning rate, and is added to the step as it is
+    for all others. The updates of all other parameters pass
     through. The local problems are made from `intermediates` alone, so what earlier
     transformations of a chain did to a layer's updates has no effect.
 
@@ -147,6 +148,11 @@ def scale_by_locoprop(
         records = match_layers(intermediates, params, layers)
         local = layers.split(params)
 
+        def penalty_of(record, name):
+            """The gradient of penalties, where the problems know nothing of them."""
+            known = solver.scales_gradient or record.penalty is None
+            return 0.0 if known else record.penalty[name]
+
         def solve(records, local, state):
             now = penalty.at(state.count)
 
@@ -159,6 +165,7 @@ def scale_by_locoprop(
                     loss=loss,
                     target=target,
                     regularizer=now,
+                    with_penalty=solver.scales_gradient,
                 )
 
             grouped = Grouped.of(
@@ -183,7 +190,7 @@ def scale_by_locoprop(
 
             directions = {
                 path: {
-                    n: (_penalty(records[path], n) - step[path][n]).astype(p.dtype)
+                    n: (penalty_of(records[path], n) - step[path][n]).astype(p.dtype)
                     for n, p in part.items()
                 }
                 for path, part in local.items()
@@ -205,11 +212,6 @@ def scale_by_locoprop(
         return layers.merge(updates, directions), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _penalty(layer: LayerIntermediates, name: str) -> Any:
-    """The gradient of penalties, which are no part of the local problem."""
-    return 0.0 if layer.penalty is None else layer.penalty[name]
 
 
 def _check_parts(loss: Any, target: Any, regularizer: Any, solver: Any) -> None:

@@ -159,7 +159,7 @@ def first_order(
             _, (step, end), _ = jax.lax.while_loop(unfinished, step_unless_done, begin)
         return step, state if reset else end
 
-    return Solver(init, solve)
+    return Solver(init, solve, scales_gradient=True)
 
 
 def _lengths(problems: LocalProblems, tree: Any, scale: float = 1.0) -> Array:

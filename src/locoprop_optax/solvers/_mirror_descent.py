@@ -65,4 +65,4 @@ def mirror_descent(num_steps: int = 1) -> Solver:
         del count
         return problems.map(solve_layer), state
 
-    return Solver(lambda params: (), solve)
+    return Solver(lambda params: (), solve, scales_gradient=True)

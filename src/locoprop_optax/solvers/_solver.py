@@ -16,13 +16,17 @@ class Solver(NamedTuple):
     """A solver, as a pair of pure functions.
 
     Attributes:
-      init: from the tree of local parameters to the solver's state, in which any
-        tree of one value per parameter has the structure of that tree.
-      solve: from (problems, state, count) to (tree of steps, new state).
+      init: from the layers' parameters, by path and by name, to the solver's state.
+      solve: from (problems, state, count) to (steps, new state), steps in the form of
+        the parameters.
+      scales_gradient: whether the step follows the gradient at a rate of the solver's
+        own, so that penalties belong into its problems. Otherwise their gradient is
+        added to the step as it is, and does not go through an inverse of curvature.
     """
 
     init: Callable[[Any], Any]
     solve: Callable[[LocalProblems, Any, Array], tuple[Any, Any]]
+    scales_gradient: bool = False
 
 
 def repeat(
