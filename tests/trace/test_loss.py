@@ -1,4 +1,4 @@
-"""The curvature of a loss that is known by its trace alone."""
+"""The Gauss-Newton model of a loss that is known by its trace alone."""
 
 from functools import partial
 
@@ -11,11 +11,11 @@ import optax
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from locoprop_optax._layers import layers_of
 
 import locoprop_optax as loco
 from locoprop_optax._quadratic.linearization import Linearization
-from tests.helpers import MLP, regression
+from locoprop_optax._trace.trace import trace
+from tests.helpers import MLP, capture, regression
 
 X = jax.random.normal(jax.random.key(0), (12, 5))
 CLASSES = jnp.arange(12) % 3
@@ -66,8 +66,7 @@ def model_fn(params, x=X):
 
 
 def captured(cost, params=PARAMS):
-    capture = loco.linen.value_and_grad(lambda p: cost(model_fn(p)), curvature=True)
-    return capture(params)
+    return capture(lambda p: cost(model_fn(p)))(params)
 
 
 def change_of(params, seed=4):
@@ -80,27 +79,25 @@ def test_products_are_those_of_a_model_and_a_loss_by_hand(cost):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), PARAMS)
         loss, grads, intermediates = captured(cost, params)
-        curvature = intermediates.curvature
-        assert curvature is not None
         by_hand = Linearization.of(model_fn, cost, params)
-        found = curvature.at(params)
+        found = intermediates.gauss_newton.linearize(params)
         change = change_of(params)
-        (pushed,) = found.push(change).values()
-        np.testing.assert_allclose(pushed, by_hand.push(change), rtol=1e-9)
-        (curved,) = found.curve(found.push(change)).values()
-        expected = by_hand.curve(by_hand.push(change))
+        (pushed,) = found.jvp(change)
+        np.testing.assert_allclose(pushed, by_hand.jvp(change), rtol=1e-9)
+        (curved,) = found.hvp(found.jvp(change))
+        expected = by_hand.hvp(by_hand.jvp(change))
         np.testing.assert_allclose(curved, expected, rtol=1e-9, atol=1e-12)
-        pulled = found.pull(found.curve(found.push(change)))
+        pulled = found.vjp(found.hvp(found.jvp(change)))
         np.testing.assert_allclose(
             ravel_pytree(pulled)[0],
-            ravel_pytree(by_hand.pull(expected))[0],
+            ravel_pytree(by_hand.vjp(expected))[0],
             rtol=1e-9,
             atol=1e-12,
         )
         np.testing.assert_allclose(found.value, loss)
         reached = cost(model_fn(optax.apply_updates(params, change)))
         for linear in (found, by_hand):
-            np.testing.assert_allclose(linear.after(change), reached, rtol=1e-9)
+            np.testing.assert_allclose(linear.loss_at(change), reached, rtol=1e-9)
         np.testing.assert_allclose(
             ravel_pytree(found.gradient)[0], ravel_pytree(grads)[0]
         )
@@ -122,9 +119,8 @@ def test_sampled_cotangents_have_the_hessian_for_second_moment(cost):
         outputs = model.apply({"params": params}, x).reshape(repeated, 12, 3)
         return jnp.sum(jax.vmap(cost_of)(outputs))
 
-    capture = loco.linen.value_and_grad(loss_fn, curvature=True)
-    _, _, intermediates = jax.jit(capture)(params)
-    (layer,) = intermediates.layers.values()
+    _, _, intermediates = jax.jit(capture(loss_fn))(params)
+    (layer,) = intermediates.sampled().layers.values()
     sampled = layer.sampled_cotangents.reshape(repeated, 12, 3)
     outputs = jnp.broadcast_to(row, (12, 3))
     hessian = jax.hessian(lambda outputs: cost(outputs))(outputs)
@@ -140,45 +136,44 @@ def test_penalties_are_in_the_gradient_and_in_the_curvature():
     def penalized(params):
         return binary(model_fn(params)) + 0.1 * optax.tree.norm(params, squared=True)
 
-    plain = captured(binary)[2].curvature
-    capture = loco.linen.value_and_grad(penalized, curvature=True)
-    loss, grads, intermediates = capture(PARAMS)
-    found = intermediates.curvature
-    change = layers_of(change_of(PARAMS))
+    plain = captured(binary)[2].gauss_newton.linearize(PARAMS)
+    loss, grads, intermediates = capture(penalized)(PARAMS)
+    found = intermediates.gauss_newton.linearize(PARAMS)
+    change = change_of(PARAMS)
     np.testing.assert_allclose(loss, found.value, rtol=1e-6)
-    reached = penalized(optax.apply_updates(PARAMS, change_of(PARAMS)))
-    np.testing.assert_allclose(found.after(change), reached, rtol=1e-5)
-    for path, leaves in layers_of(grads).items():
-        for name, leaf in leaves.items():
-            np.testing.assert_allclose(found.gradient[path][name], leaf)
-    pushed, expected = found.push(change), plain.push(change)
-    curved = found.curve(pushed)
+    reached = penalized(optax.apply_updates(PARAMS, change))
+    np.testing.assert_allclose(found.loss_at(change), reached, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-5)
-    jax.tree.map(close, pushed[0], expected)
-    jax.tree.map(close, curved[0], plain.curve(expected))
-    for path, leaves in pushed[1].items():
-        jax.tree.map(close, leaves, dict(change[path]))
-        jax.tree.map(lambda c, d: close(c, 0.2 * d), curved[1][path], leaves)
+    jax.tree.map(close, found.gradient, grads)
+    outputs, *penalized_params = found.jvp(change)
+    (expected,) = plain.jvp(change)
+    close(outputs, expected)
+    curved, *penalties = found.hvp([outputs, *penalized_params])
+    close(curved, *plain.hvp([expected]))
+    for moved, penalty, leaf in zip(
+        penalized_params, penalties, jax.tree.leaves(change), strict=True
+    ):
+        close(moved, leaf)
+        close(penalty, 0.2 * leaf)
 
 
 def test_hidden_parameters_stay_where_they_are():
-    curvature = captured(classes)[2].curvature
-    assert curvature is not None
+    model = captured(classes)[2].gauss_newton
     change = change_of(PARAMS)
     hidden = change | {"Dense_1": optax.MaskedNode()}
     still = change | {"Dense_1": jax.tree.map(jnp.zeros_like, PARAMS["Dense_1"])}
     reached = classes(model_fn(optax.apply_updates(PARAMS, still)))
-    linear = curvature.at(PARAMS | {"Dense_1": optax.MaskedNode()})
-    np.testing.assert_allclose(linear.after(hidden), reached, rtol=1e-5)
+    linear = model.linearize(PARAMS | {"Dense_1": optax.MaskedNode()})
+    np.testing.assert_allclose(linear.loss_at(hidden), reached, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_loss_of_a_bad_batch_is_known_without_jit_too(bad):
     broken = X.at[0, 0].set(bad)
-    capture = loco.linen.value_and_grad(
-        lambda p: jnp.mean((model_fn(p, broken) - broken[:, :3]) ** 2), curvature=True
-    )
-    assert not np.isfinite(capture(PARAMS)[2].curvature.value)
+    _, _, found = capture(
+        lambda p: jnp.mean((model_fn(p, broken) - broken[:, :3]) ** 2)
+    )(PARAMS)
+    assert not np.isfinite(found.gauss_newton.linearize(PARAMS).value)
 
 
 def test_several_last_layers_are_outputs_together():
@@ -194,16 +189,13 @@ def test_several_last_layers_are_outputs_together():
     def cost(outputs):
         return classes(outputs[0]) + 2 * squared(outputs[1])
 
-    capture = loco.linen.value_and_grad(
-        lambda p: cost(model.apply({"params": p}, X)), curvature=True
-    )
-    curvature = capture(params)[2].curvature
+    _, _, intermediates = capture(lambda p: cost(model.apply({"params": p}, X)))(params)
     by_hand = Linearization.of(lambda p: model.apply({"params": p}, X), cost, params)
     change = change_of(params)
-    found = curvature.at(params)
+    found = intermediates.gauss_newton.linearize(params)
     for ours, theirs in zip(
-        found.curve(found.push(change)).values(),
-        by_hand.curve(by_hand.push(change)),
+        found.hvp(found.jvp(change)),
+        by_hand.hvp(by_hand.jvp(change)),
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -231,38 +223,36 @@ def test_it_passes_lifted_transforms():
     model = Deep()
     params = model.init(jax.random.key(0), X)["params"]
     apply = lambda p: model.apply({"params": p}, X)  # noqa: E731
-    capture = loco.linen.value_and_grad(lambda p: binary(apply(p)), curvature=True)
-    _, _, intermediates = jax.jit(capture)(params)
+    _, _, intermediates = jax.jit(capture(lambda p: binary(apply(p))))(params)
     change = change_of(params)
-    (pushed,) = intermediates.curvature.at(params).push(change).values()
+    (pushed,) = intermediates.gauss_newton.linearize(params).jvp(change)
     expected = jax.jvp(apply, (params,), (change,))[1]
     np.testing.assert_allclose(pushed, expected, rtol=1e-4, atol=1e-5)
-    stack = intermediates.layers["stack/Dense_0"]
+    stack = intermediates.sampled().layers["stack/Dense_0/kernel"]
     assert stack.sampled_cotangents.shape == stack.cotangents.shape == (3, 12, 5)
 
 
 def test_the_joined_curvature_is_that_of_the_large_batch():
-    model = nn.Dense(3)
-    params = model.init(jax.random.key(0), X)["params"]
+    dense = nn.Dense(3)
+    params = dense.init(jax.random.key(0), X)["params"]
 
     def loss_fn(params, x, labels):
-        outputs = model.apply({"params": params}, x)
+        outputs = dense.apply({"params": params}, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
         return jnp.mean(losses)
 
-    capture = loco.linen.value_and_grad(loss_fn, curvature=True)
-    whole = capture(params, X, CLASSES)[2].curvature
+    whole = capture(loss_fn)(params, X, CLASSES)[2].gauss_newton
     halves = [
-        capture(params, X[part], CLASSES[part])[2]
+        capture(loss_fn)(params, X[part], CLASSES[part])[2]
         for part in np.split(np.arange(12), 2)
     ]
-    joined = loco.join_intermediates(*halves).curvature
+    joined = loco.join_intermediates(*halves).gauss_newton
     change = change_of(params)
     products = []
-    for curvature in (whole, joined):
-        linear = curvature.at(params)
-        product = linear.pull(linear.curve(linear.push(change)))
-        scalars = (linear.value, linear.after(change))
+    for model in (whole, joined):
+        linear = model.linearize(params)
+        product = linear.vjp(linear.hvp(linear.jvp(change)))
+        scalars = (linear.value, linear.loss_at(change))
         products.append(ravel_pytree((product, linear.gradient, scalars))[0])
     np.testing.assert_allclose(products[0], products[1], rtol=1e-5, atol=1e-7)
 
@@ -275,20 +265,19 @@ def test_a_part_of_the_batch_gives_curvature_and_the_whole_gives_gradients():
         )
         return jnp.mean(losses)
 
-    _, grads, whole = loco.linen.value_and_grad(loss_fn)(PARAMS, 12)
-    _, _, part = loco.linen.value_and_grad(loss_fn, curvature=True)(PARAMS, 4)
+    _, grads, whole = capture(loss_fn)(PARAMS, 12)
+    _, _, part = capture(loss_fn)(PARAMS, 4)
     both = loco.add_curvature(whole, part)
-    for path, layer in both.layers.items():
+    for path, layer in both.sampled().layers.items():
         assert layer.cotangents is whole.layers[path].cotangents
-        assert layer.sampled_cotangents is part.layers[path].sampled_cotangents
-        for name, leaf in layer.gradient.items():
-            np.testing.assert_allclose(both.curvature.gradient[path][name], leaf)
-            np.testing.assert_allclose(grads[path][name], leaf)
-    change = layers_of(change_of(PARAMS))
-    (pushed,) = both.curvature.push(change).values()
+        sampled = part.sampled().layers[path].sampled_cotangents
+        np.testing.assert_array_equal(layer.sampled_cotangents, sampled)
+    linear = both.gauss_newton.linearize(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, linear.gradient, grads)
+    (pushed,) = linear.jvp(change_of(PARAMS))
     assert pushed.shape == (4, 3)
-    with pytest.raises(ValueError, match="no curvature"):
-        loco.add_curvature(whole, whole)
+    with pytest.raises(ValueError, match="no Gauss-Newton model"):
+        loco.add_curvature(whole, loco.Intermediates(part.layers))
 
 
 def test_signs_are_those_of_the_batch():
@@ -298,26 +287,134 @@ def test_signs_are_those_of_the_batch():
     @jax.jit
     def signs(x):
         loss_fn = lambda p: squared(model.apply({"params": p}, x))  # noqa: E731
-        _, _, found = loco.linen.value_and_grad(loss_fn, curvature=True)(params)
-        (layer,) = found.layers.values()
+        _, _, found = capture(loss_fn)(params)
+        (layer,) = found.sampled().layers.values()
         return jnp.sign(layer.sampled_cotangents)
 
     assert jnp.array_equal(signs(X), signs(X))
     assert 0.2 < jnp.mean(signs(X) == signs(X.at[0, 0].add(1.0))) < 0.8
 
 
-@pytest.mark.parametrize(
-    "after", [jnp.tanh, nn.standardize, lambda outputs: outputs - outputs.mean()]
-)
-def test_another_loss_is_refused_with_its_layers(after):
-    capture = loco.linen.value_and_grad(
-        lambda p: every_entry(after(model_fn(p))), curvature=True
+def cut_of(loss_fn, params, *args):
+    traced, _ = trace(loss_fn, False, params, args, {})
+    return traced
+
+
+def outputs_of(traced):
+    """The shapes at the cut, and the transfer functions there."""
+    shapes = [traced.graph.avals[n].shape for n in traced.cut.values]
+    return shapes, [t and t.name for t in traced.cut.transfers]
+
+
+def soft_capped(outputs):
+    return classes(30 * jnp.tanh(outputs / 30))
+
+
+def smoothed(outputs):
+    labels = optax.smooth_labels(jax.nn.one_hot(CLASSES, 3), 0.1)
+    return jnp.mean(optax.softmax_cross_entropy(outputs, labels))
+
+
+def with_z_loss(outputs):
+    z = jax.nn.logsumexp(outputs, axis=-1)
+    return classes(outputs) + 1e-2 * jnp.mean(z**2)
+
+
+def split(outputs):
+    left, right = outputs[:, :1], outputs[:, 1:]
+    return jnp.mean(left**2) + jnp.mean(optax.softmax_cross_entropy(right, right * 0))
+
+
+CONVEX = {
+    "squared": squared,
+    "temperature": lambda outputs: classes(outputs / 0.7),
+    "label smoothing": smoothed,
+    "z-loss": with_z_loss,
+    "class weights": weighted,
+    "split outputs": split,
+    "huber": lambda outputs: jnp.mean(optax.huber_loss(outputs, TARGETS)),
+    "log-cosh": lambda outputs: jnp.mean(optax.log_cosh(outputs, TARGETS)),
+    "poisson": lambda outputs: jnp.mean(jnp.exp(outputs) - TARGETS * outputs),
+    "a sum": lambda outputs: classes(outputs) + squared(outputs),
+}
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_convex_losses_are_cut_at_the_last_layer(name):
+    traced = cut_of(lambda p: CONVEX[name](model_fn(p)), PARAMS)
+    assert outputs_of(traced)[0] == [(12, 3)]
+    assert traced.cut.params == ()
+
+
+@pytest.mark.parametrize("name", ["huber", "log-cosh", "poisson", "z-loss"])
+def test_the_curvature_of_any_convex_loss_is_its_hessian(name):
+    cost = CONVEX[name]
+    linear = captured(cost)[2].gauss_newton.linearize(PARAMS)
+    by_hand = Linearization.of(model_fn, cost, PARAMS)
+    change = change_of(PARAMS)
+    (found,) = linear.hvp(linear.jvp(change))
+    np.testing.assert_allclose(
+        found, by_hand.hvp(by_hand.jvp(change)), rtol=1e-4, atol=1e-6
     )
-    with pytest.raises(ValueError, match="on 'Dense_0', 'Dense_1'; linen"):
-        capture(PARAMS)
 
 
-def test_a_layer_that_bypasses_the_last_is_refused():
+def test_elementwise_losses_have_their_curvature_sampled():
+    """The squares of the sampled cotangents are n-ths of the Hessian's diagonal."""
+    (layer,) = (
+        capture(lambda p: CONVEX["log-cosh"](X @ p["w"]))({"w": jnp.ones((5, 3))})[2]
+        .sampled()
+        .layers.values()
+    )
+    hessian = 1 - jnp.tanh(layer.preactivations - TARGETS) ** 2
+    hessian /= layer.preactivations.size
+    np.testing.assert_allclose(layer.sampled_cotangents**2 * 12, hessian, rtol=1e-4)
+
+
+def test_a_soft_cap_moves_the_cut_behind_it():
+    traced = cut_of(lambda p: soft_capped(model_fn(p)), PARAMS)
+    assert outputs_of(traced) == ([(12, 3)], ["softmax"])
+    plain = cut_of(lambda p: classes(model_fn(p)), PARAMS)
+    assert traced.cut.values[0] > plain.cut.values[0]
+
+
+def test_a_learned_temperature_is_before_the_cut():
+    params = {"w": jnp.ones((5, 3)), "t": jnp.ones(())}
+
+    def loss_fn(p):
+        return classes(X @ p["w"] * jnp.exp(p["t"]))
+
+    traced = cut_of(loss_fn, params)
+    assert outputs_of(traced) == ([(12, 3)], ["softmax"])
+    assert traced.cut.params == ()
+
+
+def test_a_bias_that_is_added_apart_is_behind_the_cut_or_before_it():
+    params = {"w": jnp.ones((5, 3)), "b": jnp.zeros(())}
+    traced = cut_of(lambda p: classes(X @ p["w"] + p["b"]), params)
+    assert outputs_of(traced)[0] == [(12, 3)]
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda p: -jnp.mean(jnp.exp(-((X @ p["w"]) ** 2))),
+        lambda p: jnp.mean(jnp.sin(X @ p["w"])),
+        lambda p: jnp.mean(
+            jnp.maximum(0.9 * (TARGETS - X @ p["w"]), 0.1 * (X @ p["w"] - TARGETS))
+        ),
+    ],
+)
+def test_a_loss_that_is_nowhere_curved_upwards_has_no_curvature(loss_fn):
+    params = {"w": jax.random.normal(jax.random.key(0), (5, 3))}
+    traced = cut_of(loss_fn, params)
+    assert traced.cut.values == traced.graph.results[:1]
+    _, grads, intermediates = capture(loss_fn)(params)
+    assert intermediates.sampled() is intermediates
+    tx = loco.locoprop(loco.layers(loss_fn)(params), trust_region=None)
+    tx.update(grads, tx.init(params), params, intermediates=intermediates)
+
+
+def test_a_layer_that_bypasses_the_last_is_an_output_too():
     def loss_fn(params):
         outputs, state = MODEL.apply(
             {"params": params}, X, rngs=RNGS, capture_intermediates=True
@@ -325,19 +422,19 @@ def test_a_layer_that_bypasses_the_last_is_refused():
         (hidden,) = state["intermediates"]["Dense_0"]["__call__"]
         return squared(outputs) + jnp.mean(hidden**2)
 
-    capture = loco.linen.value_and_grad(loss_fn, curvature=True)
-    with pytest.raises(ValueError, match="another way on 'Dense_0'"):
-        capture(PARAMS)
+    assert outputs_of(cut_of(loss_fn, PARAMS))[0] == [(12, 7), (12, 3)]
 
 
 def test_locoprop_takes_the_same_step_as_with_functions():
     model = nn.Sequential([nn.Dense(6), jnp.tanh, nn.Dense(3)])
     params = model.init(jax.random.key(0), X)["params"]
     apply = lambda p: model.apply({"params": p}, X)  # noqa: E731
-    capture = loco.linen.value_and_grad(lambda p: classes(apply(p)), curvature=True)
-    tx = loco.locoprop()
+    loss_fn = lambda p: classes(apply(p))  # noqa: E731
+    layers = loco.layers(loss_fn)(params)
+    tx = loco.locoprop(layers)
     by_hand = optax.chain(
         loco.scale_by_locoprop(
+            layers,
             target=loco.targets.natural_gradient(1.0, damping=0.75),
             solver=loco.solvers.majorized_newton(1, damping=0.3),
         ),
@@ -345,7 +442,7 @@ def test_locoprop_takes_the_same_step_as_with_functions():
     )
     states, losses = [tx.init(params), by_hand.init(params)], []
     for _ in range(4):
-        loss, grads, intermediates = capture(params)
+        loss, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
         losses.append(float(loss))
         extra = {"intermediates": intermediates}
         updates, states[0] = tx.update(grads, states[0], params, **extra)
@@ -361,15 +458,15 @@ def test_locoprop_takes_the_same_step_as_with_functions():
 
 def test_locoprop_trains_what_is_more_than_layers():
     """The norm goes to the fallback; nothing retraces; the state keeps its form."""
-    tx = loco.locoprop(fallback=optax.sgd(0.1), weight_decay=1e-3)
+    loss_fn = lambda p: classes(model_fn(p))  # noqa: E731
+    layers = loco.layers(loss_fn)(PARAMS)
+    tx = loco.locoprop(layers, fallback=optax.sgd(0.1), weight_decay=1e-3)
     traces = []
 
     @jax.jit
     def step(params, state):
         traces.append(1)
-        loss_fn = lambda p: classes(model_fn(p))  # noqa: E731
-        capture = loco.linen.value_and_grad(loss_fn, curvature=True)
-        loss, grads, intermediates = capture(params)
+        loss, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return optax.apply_updates(params, updates), state, loss, grads
 
@@ -389,13 +486,15 @@ def test_locoprop_trains_what_is_more_than_layers():
 def test_weight_decay_is_decoupled_and_follows_the_learning_rate():
     model = nn.Dense(3)
     params = model.init(jax.random.key(0), X)["params"]
-    capture = loco.linen.value_and_grad(
-        lambda p: squared(model.apply({"params": p}, X)), curvature=True
-    )
-    _, grads, intermediates = capture(params)
+    loss_fn = lambda p: squared(model.apply({"params": p}, X))  # noqa: E731
+    layers = loco.layers(loss_fn)(params)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
     plain, decayed = (
         tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
-        for tx in (loco.locoprop(0.5), loco.locoprop(0.5, weight_decay=0.2))
+        for tx in (
+            loco.locoprop(layers, 0.5),
+            loco.locoprop(layers, 0.5, weight_decay=0.2),
+        )
     )
     jax.tree.map(
         lambda a, b, p: np.testing.assert_allclose(b, a - 0.1 * p, atol=1e-6),
@@ -416,8 +515,10 @@ def test_nnx_carries_it_too():
             return self.last(jnp.tanh(self.norm(self.first(x))))
 
     model = Model(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, loco.locoprop(), wrt=nnx.Param)
-    capture = loco.nnx.value_and_grad(lambda model: classes(model(X)), curvature=True)
+    loss_fn = lambda model: classes(model(X))  # noqa: E731
+    layers = loco.nnx.layers(loss_fn)(model)
+    optimizer = nnx.Optimizer(model, loco.locoprop(layers), wrt=nnx.Param)
+    capture = loco.nnx.value_and_grad(loss_fn, layers)
 
     @nnx.jit
     def step(model, optimizer):
@@ -430,12 +531,14 @@ def test_nnx_carries_it_too():
     assert float(jnp.abs(model.norm.mean[...]).max()) > 0
 
 
-def test_without_curvature_locoprop_says_how_to_get_it():
-    capture = loco.linen.value_and_grad(lambda p: classes(model_fn(p)))
-    _, grads, intermediates = capture(PARAMS)
-    tx = loco.locoprop()
-    with pytest.raises(TypeError, match=r"value_and_grad\(loss_fn, curvature=True\)"):
-        tx.update(grads, tx.init(PARAMS), PARAMS, intermediates=intermediates)
+def test_without_a_model_of_the_loss_locoprop_says_how_to_get_it():
+    loss_fn = lambda p: classes(model_fn(p))  # noqa: E731
+    layers = loco.layers(loss_fn)(PARAMS)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(PARAMS)
+    tx = loco.locoprop(layers)
+    by_hand = loco.Intermediates(intermediates.layers)
+    with pytest.raises(TypeError, match=r"value_and_grad\(loss_fn, layers\)"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, intermediates=by_hand)
 
 
 @pytest.mark.parametrize("lift", [nn.jit, nn.remat, lambda module: module])
@@ -449,10 +552,9 @@ def test_the_pass_back_begins_at_the_last_layer_under_any_lift(lift, whole):
 
     plain, lifted = Inner(), (lift(Inner) if whole else Inner)()
     params = plain.init(jax.random.key(0), X)["params"]
-    capture = loco.linen.value_and_grad(
-        lambda p: binary(lifted.apply({"params": p}, X)), curvature=True
-    )
-    layers = jax.jit(capture)(params)[2].layers
+    loss_fn = lambda p: binary(lifted.apply({"params": p}, X))  # noqa: E731
+    found = jax.jit(capture(loss_fn))(params)[2].sampled()
+    layers = {path.removesuffix("/kernel"): la for path, la in found.layers.items()}
     assert not np.allclose(
         layers["last"].sampled_cotangents, layers["last"].cotangents, atol=1e-3
     )
@@ -467,9 +569,10 @@ def test_the_pass_back_begins_at_the_last_layer_under_any_lift(lift, whole):
 def test_locoprop_keeps_dtypes_and_takes_injected_rates(dtype):
     with jax.enable_x64(dtype == "float64"):
         loss_fn, params, batch = regression(MLP(dtype=dtype, param_dtype=dtype))
-        tx = optax.inject_hyperparams(loco.locoprop)(learning_rate=0.5)
+        layers = loco.layers(loss_fn)(params, batch)
+        tx = optax.inject_hyperparams(loco.locoprop)(layers, learning_rate=0.5)
         state = tx.init(params)
-        capture = loco.linen.value_and_grad(loss_fn, curvature=True)
+        capture = loco.value_and_grad(loss_fn, layers)
         before, grads, intermediates = capture(params, batch)
         extra = {"intermediates": intermediates}
         updates, new_state = tx.update(grads, state, params, **extra)

@@ -136,7 +136,7 @@ class _CutLoss:
             given[number] = value.astype(graph.avals[number].dtype)
         (loss,) = graph.results[:1]
         assert is_number(loss)
-        return run(tail_of(graph, numbers), given)[loss].astype(jnp.float32)
+        return at_least_float32(run(tail_of(graph, numbers), given)[loss])
 
     def sample(self, leaves: Sequence[Any], key: Any) -> dict[int, jax.Array]:
         r"""Cotangents of the values with the second moment of those for sampled labels.

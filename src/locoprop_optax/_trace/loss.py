@@ -138,10 +138,10 @@ def tail_of(graph: Graph, numbers: Sequence[int]) -> list[Equation]:
 
 
 def _is_convex(graph: Graph, numbers: Sequence[int]) -> bool:
-    """Whether the rest of a loss is convex in some numbers, at random points.
+    """Whether the rest of a loss is convex in some numbers, and not linear.
 
-    Power iterations look for the most negative eigenvalue of the Hessian, with random
-    numbers in place of everything else.
+    Power iterations look for the most negative eigenvalue of the Hessian at random
+    points near zero and far from it, with random numbers in place of everything else.
     """
     if sum(graph.avals[n].size for n in numbers) > _LARGEST_TEST:
         return True
@@ -182,17 +182,14 @@ def _is_convex(graph: Graph, numbers: Sequence[int]) -> bool:
         curved = hvp(bottom)
         return size, sum(jnp.vdot(a, b) for a, b in zip(bottom, curved, strict=True))
 
-    for _ in range(2):
+    is_linear, shapes = True, [graph.avals[n].shape for n in numbers]
+    for distance in (1.5, 15.0):
         point, start = (
-            [
-                jnp.asarray(
-                    1.5 * rng.standard_normal(graph.avals[n].shape), jnp.float32
-                )
-                for n in numbers
-            ]
-            for _ in range(2)
+            [jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for s in shapes]
+            for scale in (distance, 1.0)
         )
         size, least = extremes(point, scaled(start, norm(start)))
         if not (jnp.isfinite(size) and least >= -1e-3 * size):
             return False
-    return True
+        is_linear = is_linear and bool(size == 0)
+    return not is_linear

@@ -260,6 +260,8 @@ def matching_of_loss(
     for transfer in known:
         if transfer.conjugate is None:  # not monotone
             continue
+        if transfer.over_last_axis and not aval.shape:
+            continue
         outputs = [_apply(transfer, point) for point in points]
         if _proportional(gradients, outputs, tolerance):
             return transfer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -124,7 +124,8 @@ class _Scope:
     def read(self) -> None:
         """Reads the equations that the loss depends on."""
         for equation in self.graph.equations:
-            if not self.live.isdisjoint(equation.outputs):
+            is_live = not self.live.isdisjoint(equation.outputs)
+            if is_live and equation.primitive != primitives.STOP_GRADIENT:
                 self._read(equation)
 
     def source(self, atom: Atom) -> Source | None:

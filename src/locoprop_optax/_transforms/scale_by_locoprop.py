@@ -150,8 +150,9 @@ def scale_by_locoprop(
 
         def penalty_of(record, name):
             """The gradient of penalties, where the problems know nothing of them."""
-            known = solver.scales_gradient or record.penalty is None
-            return 0.0 if known else record.penalty[name]
+            if solver.scales_gradient or record.penalty is None:
+                return 0.0
+            return record.penalty[name]
 
         def solve(records, local, state):
             now = penalty.at(state.count)

@@ -91,7 +91,7 @@ cases = st.fixed_dictionaries(
 
 
 def captured(case):
-    """Parameters, gradients and intermediates of a layer."""
+    """The layers of a model of one, its parameters, gradients and intermediates."""
     module, ndim = case["kind"]
     module = module.clone(dtype=case["dtype"], param_dtype=case["dtype"], name="layer")
     shape = (case["examples"], *(4,) * (ndim - 2), case["features"])
@@ -110,16 +110,17 @@ def captured(case):
         outputs = model.apply({"params": params}, x.astype(case["dtype"]))
         return jnp.mean(jnp.square(outputs.astype(jnp.float32) - 1))
 
-    _, grads, intermediates = loco.linen.value_and_grad(
-        loss_fn, transfers={"layer": case["transfer"]}
-    )(params)
-    return params, grads, intermediates
+    find = loco.layers(loss_fn, transfers={"layer/*": case["transfer"]})
+    layers = find(params)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    return layers, params, grads, intermediates
 
 
-def step_is_finite(case, params, grads, intermediates):
+def step_is_finite(case, layers, params, grads, intermediates):
     tx = loco.keep_finite(
         optax.chain(
             loco.scale_by_locoprop(
+                layers,
                 loss=case["loss"],
                 target=case["target"],
                 regularizer=case["regularizer"],
@@ -202,23 +203,23 @@ mutations = st.one_of(
 @FEW
 @given(cases, mutations)
 def test_intermediates_that_something_is_wrong_with(case, mutation):
-    params, grads, intermediates = captured(case)
-    layers = {p: mutation(layer) for p, layer in intermediates.layers.items()}
-    broken = dataclasses.replace(intermediates, layers=layers)
+    *rest, intermediates = captured(case)
+    mutated = {p: mutation(layer) for p, layer in intermediates.layers.items()}
+    broken = dataclasses.replace(intermediates, layers=mutated)
     with refused_by_layer():
-        step_is_finite(case, params, grads, broken)
+        step_is_finite(case, *rest, broken)
 
 
-@pytest.mark.parametrize("path", ["", "other", "layer/kernel", "Layer"])
+@pytest.mark.parametrize("path", ["", "other", "layer", "Layer/kernel"])
 def test_intermediates_under_another_name(path):
     case = {"kind": (nn.Dense(2), 2), "transfer": "tanh", "dtype": jnp.float32}
-    params, grads, intermediates = captured(
+    layers, params, grads, intermediates = captured(
         {**case, "examples": 2, "features": 2, "scale": 1.0}
     )
     (layer,) = intermediates.layers.values()
     renamed = loco.Intermediates({path: layer})
-    tx = loco.scale_by_locoprop()
-    with pytest.raises(ValueError, match="not in the param"):
+    tx = loco.scale_by_locoprop(layers)
+    with pytest.raises(ValueError, match="none of the optimizer's layers"):
         tx.update(grads, tx.init(params), params, intermediates=renamed)
 
 
@@ -226,15 +227,15 @@ def test_intermediates_under_another_name(path):
 @pytest.mark.parametrize("change", ["nothing", "turned", "no axis"])
 def test_a_convolution_with_an_array_of_another_form(name, change):
     case = {"kind": (nn.Conv(2, (2,)), 3), "transfer": "tanh", "dtype": jnp.float32}
-    params, grads, intermediates = captured(
+    layers, params, grads, intermediates = captured(
         {**case, "examples": 3, "features": 2, "scale": 1.0}
     )
-    broken = with_field(name, CHANGES[change])(intermediates.layers["layer"])
-    tx = loco.scale_by_locoprop()
-    with pytest.raises(ValueError, match=r"'layer': (the shape of )?its"):
+    broken = with_field(name, CHANGES[change])(intermediates.layers["layer/kernel"])
+    tx = loco.scale_by_locoprop(layers)
+    with pytest.raises(ValueError, match=r"'layer/kernel': (the shape of )?its"):
         tx.update(
             grads,
             tx.init(params),
             params,
-            intermediates=loco.Intermediates({"layer": broken}),
+            intermediates=loco.Intermediates({"layer/kernel": broken}),
         )
