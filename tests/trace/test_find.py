@@ -236,6 +236,8 @@ def test_what_is_printed():
         "",
         "no layer  why",
         "idle      the loss does not depend on it",
+        "",
+        "curvature: the loss is convex in outputs of shape 8×3 (by identity)",
     ]
 
 

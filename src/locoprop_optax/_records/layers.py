@@ -62,31 +62,51 @@ class Layer:
         return {"kernel": self.path, **bias}
 
 
+class Cut(NamedTuple):
+    """Where a traced loss is cut: at the last values in which its rest is convex.
+
+    Attributes:
+      values: the numbers of these values; of the loss alone if there are no others.
+      params: the numbers of the parameters that the rest reads, as penalties do.
+      transfers: for each value the function of which the loss is the matching loss;
+        None where there is none.
+      equations: of how many equations the loss is made.
+    """
+
+    values: tuple[int, ...]
+    params: tuple[int, ...]
+    transfers: tuple[Transfer | None, ...]
+    equations: int
+
+
 @dataclass(frozen=True)
 class Layers:
     """The layers of a loss, as `layers` finds them; static and hashable.
 
     Printing it shows each layer: the path of its weight, its product, how many rows,
     inputs and outputs that has, and its transfer function and why; below, which
-    parameters are no layers and why.
+    parameters are no layers and why, and what is known of the loss's curvature.
 
     Attributes:
       layers: the layers, in the order of their execution.
       others: the path of each other parameter, and why it is no layer.
+      cut: where the loss is cut for its Gauss-Newton model.
+      curvature: the same in words.
     """
 
     layers: tuple[Layer, ...]
     others: tuple[tuple[str, str], ...]
+    cut: Cut = field(compare=False)
+    curvature: str = field(compare=False)
 
     def __str__(self) -> str:
         """The table."""
         rows = [("layer", "product", "rows", "inputs", "outputs", "transfer", "why")]
         rows += [row for layer in self.layers for row in _rows(layer)]
-        table = _aligned(rows)
-        if not self.others:
-            return table
-        others = [("no layer", "why"), *self.others]
-        return f"{table}\n\n{_aligned(others)}"
+        parts = [_aligned(rows)]
+        if self.others:
+            parts.append(_aligned([("no layer", "why"), *self.others]))
+        return "\n\n".join([*parts, f"curvature: {self.curvature}"])
 
     __repr__ = __str__
 

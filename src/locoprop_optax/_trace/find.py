@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from glob import escape
 from typing import Any
 
-from locoprop_optax._records.layers import Call, Layer, Layers
+from locoprop_optax._records.layers import Call, Cut, Layer, Layers
 from locoprop_optax._records.linear_maps import Product
 from locoprop_optax._records.paths import PathPattern, matches
 from locoprop_optax._trace.trace import Trace, trace
@@ -105,7 +105,14 @@ def find_layers(
                 f"transfers={{{pattern!r}: ...}} fits no layer. Layers: "
                 f"{', '.join(repr(layer.path) for layer in found)}."
             )
-    return Layers(found, others)
+    cut = traced.cut(
+        {
+            uses[0].preactivation: findings[weight].transfer
+            for weight, uses in chosen.items()
+            if len(uses) == 1 and findings[weight].by_loss
+        }
+    )
+    return Layers(found, others, cut, _curvature(traced, cut))
 
 
 def own_uses(traced: Trace, exclude: PathPattern | None) -> dict[int, list[Use]]:
@@ -195,6 +202,27 @@ def _sizes(use: Use) -> Call:
         whole = math.prod(use.scans) * math.prod(use.value.shape)
         total = whole // math.prod(use.stack) // kernel[-1]
     return Call(total, math.prod(kernel[:split]), math.prod(kernel[split:]))
+
+
+def _curvature(traced: Trace, cut: Cut) -> str:
+    """What is known of a loss's curvature."""
+    if cut.values == traced.graph.results[:1]:
+        return (
+            "none; the loss is curved upwards in nothing that its layers give, so that "
+            "each batch's own cotangents stand for sampled ones"
+        )
+
+    def of(value: int, transfer: Transfer | None) -> str:
+        shape = "×".join(map(str, traced.graph.avals[value].shape))
+        sampled = "estimated" if transfer is None else f"by {transfer.name}"
+        return f"outputs of shape {shape} ({sampled})"
+
+    parts = [of(*pair) for pair in zip(cut.values, cut.transfers, strict=True)]
+    penalized = [traced.paths[number] for number in cut.params]
+    if penalized:
+        more = f" and {len(penalized) - 1} more" if len(penalized) > 1 else ""
+        parts.append(f"the parameters {penalized[0]!r}{more}")
+    return f"the loss is convex in {', '.join(parts)}"
 
 
 def _why_not(traced: Trace, number: int, is_excluded: bool) -> str:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from locoprop_optax._quadratic.linearization import Linearization
-from locoprop_optax._records.layers import Layers
+from locoprop_optax._records.layers import Cut, Layers
 from locoprop_optax._records.paths import is_masked, path_of
 from locoprop_optax._trace.collect import cotangents_of
 from locoprop_optax._trace.graph import Graph, is_number, run
-from locoprop_optax._trace.loss import Cut, tail_of
+from locoprop_optax._trace.loss import tail_of
 from locoprop_optax._trace.trace import Trace
 from locoprop_optax._utils.dtypes import at_least_float32
 
@@ -47,7 +47,7 @@ class GaussNewton:
         """
         traced, count = self.traced, len(self.traced.paths)
         leaves, rest = self.arrays[:count], self.arrays[count:]
-        loss = _CutLoss(traced.graph, traced.cut, rest)
+        loss = _CutLoss(traced.graph, self._cut(), rest)
 
         def whole(change):
             """The change of all leaves."""
@@ -89,10 +89,16 @@ class GaussNewton:
             gradient=gradient,
         )
 
+    def _cut(self) -> Cut:
+        """Where the loss is cut: where it was when its layers were found."""
+        known, traced = self.layers.cut, self.traced
+        same = known.equations == len(traced.graph.equations)
+        return known if same else traced.cut()
+
     def sampled_cotangents(self) -> list[dict[str, jax.Array]]:
         """The cotangents of each layer for sampled labels; none without curvature."""
         traced, count = self.traced, len(self.traced.paths)
-        cut = traced.cut
+        cut = self._cut()
         if cut.values == traced.graph.results[:1]:
             return []
         leaves, rest = self.arrays[:count], self.arrays[count:]

@@ -6,13 +6,14 @@ parameters, and what is behind it with its whole curvature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from locoprop_optax._records.layers import Cut
 from locoprop_optax._trace import primitives
 from locoprop_optax._trace.graph import Equation, Graph, is_number, run
 from locoprop_optax._trace.transfer import matching_of_loss, stand_ins
@@ -25,41 +26,36 @@ _ITERATIONS = 16
 _LARGEST_TEST = 2**22
 
 
-class Cut(NamedTuple):
-    """Where a loss is cut.
-
-    Attributes:
-      values: the numbers in the graph; of the loss alone if there is no other place.
-      params: the parameters that the loss reads behind the values, as penalties do.
-      transfers: for each value the function of which the loss is the matching loss;
-        None where there is none.
-    """
-
-    values: tuple[int, ...]
-    params: tuple[int, ...]
-    transfers: tuple[Transfer | None, ...]
-
-
-def find_cut(graph: Graph, reading: Reading, count: int) -> Cut:
+def find_cut(
+    graph: Graph, reading: Reading, count: int, matched: Mapping[int, Transfer]
+) -> Cut:
     """Cuts a loss, whose first inputs are so many parameters.
 
     Behind the cut no parameter meets an activation but in a sum. If the rest of the
     loss is not convex there, the cut moves on.
+
+    Args:
+      graph: the loss.
+      reading: how it reads its parameters.
+      count: the number of these.
+      matched: numbers of which the loss is known to be the matching loss.
     """
     parameters = {number: at for at, number in enumerate(graph.inputs[:count])}
     known = [t for t in known_transfers().values() if t.conjugate is not None]
     with jax.ensure_compile_time_eval(), outside_shards():
         for values, params in _places(graph, reading, parameters):
             transfers = tuple(
-                matching_of_loss(graph, value, set(values), known) for value in values
+                matched.get(value) or matching_of_loss(graph, value, set(values), known)
+                for value in values
             )
             numbers = [graph.inputs[at] for at in params]
             if (all(transfers) and not params) or _is_convex(
                 graph, [*values, *numbers]
             ):
-                return Cut(values, params, transfers)
+                return Cut(values, params, transfers, len(graph.equations))
     loss = graph.results[0]
-    return Cut((loss,) if is_number(loss) else (), (), (None,))
+    values = (loss,) if is_number(loss) else ()
+    return Cut(values, (), (None,), len(graph.equations))
 
 
 def _places(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from locoprop_optax._records.layers import Cut
 from locoprop_optax._records.paths import paths_of
 from locoprop_optax._trace.graph import Graph
-from locoprop_optax._trace.loss import Cut, find_cut
+from locoprop_optax._trace.loss import find_cut
 from locoprop_optax._trace.uses import Reading, read_parameters
+from locoprop_optax.losses._transfers import Transfer
 
 
 class Trace:
@@ -42,10 +44,9 @@ class Trace:
         """How the loss reads its parameters."""
         return read_parameters(self.graph, len(self.paths))
 
-    @cached_property
-    def cut(self) -> Cut:
-        """Where the loss is cut for its Gauss-Newton model."""
-        return find_cut(self.graph, self.reading, len(self.paths))
+    def cut(self, matched: Mapping[int, Transfer] | None = None) -> Cut:
+        """Where the loss is cut, as `find_cut` finds it."""
+        return find_cut(self.graph, self.reading, len(self.paths), matched or {})
 
 
 def trace(
