@@ -18,16 +18,20 @@ RUN_ELSEWHERE = {"errors.md", "recovered.md", "your_own.md"}
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name not in RUN_ELSEWHERE], ids=lambda p: p.name
 )
-def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch):
+def test_code_blocks_run_in_their_order(page, tmp_path, monkeypatch, capsys):
     mpl.use("Agg")
     monkeypatch.chdir(tmp_path)
     run_blocks(page.read_text())
+    printed = capsys.readouterr().out
+    for table in re.findall(r"```text\n(layer .*?)```", page.read_text(), re.S):
+        assert table in printed
 
 
 def test_the_step_of_the_readme_trains():
     loss_fn, params, batch = regression()
     assert len(python_blocks(README)) == 1
-    names = run_blocks(README, jax=jax, optax=optax, loss_fn=loss_fn, params=params)
+    given = {"loss_fn": loss_fn, "params": params, "batch": batch}
+    names = run_blocks(README, jax=jax, optax=optax, **given)
     state = names["opt_state"]
     for _ in range(3):
         params, state, loss = names["train_step"](params, state, batch)

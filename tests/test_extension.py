@@ -11,7 +11,9 @@ def test_one_of_each_trains_a_model_together():
     own = run_blocks((DOCS / "your_own.md").read_text())
     assert own["history"][-1] < 0.6 * own["history"][0]
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.locoprop_momentum(
+        layers,
         0.5,
         loss=lambda transfer: own["HuberLoss"](0.5),
         target=own["sign_target"](0.05),
@@ -19,7 +21,7 @@ def test_one_of_each_trains_a_model_together():
         solver=loco.solvers.limited(own["steepest_descent"](5), 0.3),
         momentum=None,
     )
-    step, traces = counted(train_step(loss_fn, tx))
+    step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)
     start = loss_fn(params, batch)
     for _ in range(40):

@@ -55,19 +55,21 @@ def trajectory(optimizer, activation="tanh"):
     model = Autoencoder(activation)
     images = (np.random.default_rng(1).random((4000, 784)) ** 4).astype(np.float32)
     rates = jnp.asarray(GOLDEN["learning_rates"])
-    tx = optimizer(
-        lambda count: rates[count],
-        activation_learning_rate=GOLDEN["gamma"],
-        num_local_steps=GOLDEN["num_local_steps"],
-    )
 
     def loss_fn(params, x):
         logits = model.apply({"params": params}, x)
         return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), axis=-1))
 
     params = recipe_params()
+    layers = loco.layers(loss_fn)(params, images[:200])
+    tx = optimizer(
+        layers,
+        lambda count: rates[count],
+        activation_learning_rate=GOLDEN["gamma"],
+        num_local_steps=GOLDEN["num_local_steps"],
+    )
     opt_state = tx.init(params)
-    step, evaluate = jax.jit(train_step(loss_fn, tx)), jax.jit(loss_fn)
+    step, evaluate = jax.jit(train_step(loss_fn, layers, tx)), jax.jit(loss_fn)
     losses = [evaluate(params, images[:2000])]
     for k in range(len(rates)):
         batch = images[k * 200 : (k + 1) * 200]

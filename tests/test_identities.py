@@ -1,5 +1,7 @@
 """The mathematics of LocoProp, proved in float64 (identities 1 to 5 of the docs)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import layers, problem_of, random_layer, solved
+from tests.helpers import problem_of, random_layer, random_layers, solved
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -29,7 +31,7 @@ def as_matrix(step):
     return np.vstack([*rows, step["bias"]] if "bias" in step else rows)
 
 
-@given(layers, losses, strengths)
+@given(random_layers, losses, strengths)
 def test_first_gradient_is_gamma_times_backprop(drawn, loss, gamma):
     params, layer = random_layer(**drawn)
     problem = problem_of(params, layer, gamma=gamma, loss=LOSSES[loss])
@@ -42,23 +44,25 @@ def test_first_gradient_is_gamma_times_backprop(drawn, loss, gamma):
             np.testing.assert_allclose(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-@given(layers, losses, strengths)
+@given(random_layers, losses, strengths)
 def test_one_local_step_is_backprop(drawn, loss, gamma):
     params, layer = random_layer(**drawn)
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=LOSSES[loss],
         target=loco.targets.gradient_descent(gamma),
         solver=loco.solvers.first_order(optax.sgd(0.3), num_steps=1),
     )
-    for name, update in solved(tx, params, layer).items():
+    for name, update in solved(make, params, layer).items():
         expected = 0.3 * gamma * layer.gradient[name]
         np.testing.assert_allclose(update, expected, rtol=1e-12, atol=1e-14)
 
 
-@given(layers, strengths, strengths)
+@given(random_layers, strengths, strengths)
 def test_exact_squared_loss_is_the_natural_gradient_of_the_inputs(drawn, gamma, lam):
     params, layer = random_layer(**drawn)
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=loco.losses.squared_loss(),
         target=loco.targets.gradient_descent(gamma),
         regularizer=loco.regularizers.squared_l2(lam),
@@ -66,16 +70,17 @@ def test_exact_squared_loss_is_the_natural_gradient_of_the_inputs(drawn, gamma, 
     )
     x, g = augmented(params, layer), np.asarray(layer.cotangents)
     expected = gamma * np.linalg.solve(x.T @ x + lam * np.eye(x.shape[1]), x.T @ g)
-    found = as_matrix(solved(tx, params, layer))
+    found = as_matrix(solved(make, params, layer))
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
 
 
-@given(layers, strengths, st.integers(1, 12))
+@given(random_layers, strengths, st.integers(1, 12))
 def test_gradient_steps_on_the_squared_loss(drawn, gamma, num_steps):
     params, layer = random_layer(**drawn)
     x, g = augmented(params, layer), np.asarray(layer.cotangents)
     eta = 0.5 / np.linalg.norm(x, 2) ** 2
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=loco.losses.squared_loss(),
         target=loco.targets.gradient_descent(gamma),
         solver=loco.solvers.first_order(optax.sgd(eta), num_steps, decay_floor=1.0),
@@ -84,19 +89,20 @@ def test_gradient_steps_on_the_squared_loss(drawn, gamma, num_steps):
     remaining = np.linalg.matrix_power(np.eye(len(gram)) - eta * gram, num_steps)
     pseudo_inverse = np.linalg.pinv(gram, rcond=1e-12, hermitian=True)
     expected = gamma * (np.eye(len(gram)) - remaining) @ pseudo_inverse @ x.T @ g
-    found = as_matrix(solved(tx, params, layer))
+    found = as_matrix(solved(make, params, layer))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
 
-@given(layers, st.floats(0.01, 0.3), st.floats(0.5, 5.0))
+@given(random_layers, st.floats(0.01, 0.3), st.floats(0.5, 5.0))
 def test_exact_matching_loss_is_stationary(drawn, gamma, lam):
     params, layer = random_layer(**drawn)
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         target=loco.targets.gradient_descent(gamma),
         regularizer=loco.regularizers.squared_l2(lam),
         solver=loco.solvers.majorized_newton(num_steps=3000, damping=0.0),
     )
-    step = -as_matrix(solved(tx, params, layer))
+    step = -as_matrix(solved(make, params, layer))
     x, g = augmented(params, layer), np.asarray(layer.cotangents)
     f = layer.transfer.function
     target = f(layer.preactivations) - gamma * g
@@ -104,7 +110,7 @@ def test_exact_matching_loss_is_stationary(drawn, gamma, lam):
     np.testing.assert_allclose(x.T @ residual + lam * step, 0, atol=1e-7)
 
 
-@given(layers, losses, strengths, st.floats(0, 1))
+@given(random_layers, losses, strengths, st.floats(0, 1))
 def test_local_problems_are_convex(drawn, loss, gamma, share):
     params, layer = random_layer(**drawn)
     problem = problem_of(params, layer, gamma=gamma, loss=LOSSES[loss])
@@ -118,7 +124,7 @@ def test_local_problems_are_convex(drawn, loss, gamma, share):
     assert problem.value(between) <= chord + 1e-9 * (1 + abs(chord))
 
 
-@given(layers, losses, st.floats(0.05, 50.0), st.floats(0.0, 0.5), strengths)
+@given(random_layers, losses, st.floats(0.05, 50.0), st.floats(0.0, 0.5), strengths)
 def test_majorized_newton_never_raises_the_objective(drawn, loss, gamma, damping, lam):
     params, layer = random_layer(**drawn)
     options = {
@@ -128,11 +134,12 @@ def test_majorized_newton_never_raises_the_objective(drawn, loss, gamma, damping
     problem = problem_of(params, layer, gamma=gamma, **options)
     values = [problem.value(problem.no_step())]
     for num_steps in (1, 2, 5):
-        tx = loco.scale_by_locoprop(
+        make = partial(
+            loco.scale_by_locoprop,
             target=loco.targets.gradient_descent(gamma),
             solver=loco.solvers.majorized_newton(num_steps, damping),
             **options,
         )
-        update = solved(tx, params, layer)
+        update = solved(make, params, layer)
         values.append(problem.value({name: -u for name, u in update.items()}))
     assert all(np.diff(values) <= 1e-9 * (1 + np.abs(values[0])))

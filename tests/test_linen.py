@@ -1,4 +1,6 @@
-import flax.linen as nn
+"""Losses of Linen models, and their training state."""
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,13 +8,14 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, regression
+from tests.helpers import MLP, capture, regression
 
 
 def test_loss_and_gradients_equal_jax():
     loss_fn, params, batch = regression()
     expected = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
-    loss, grads, _ = jax.jit(loco.linen.value_and_grad(loss_fn))(params, batch)
+    layers = loco.layers(loss_fn)(params, batch)
+    loss, grads, _ = jax.jit(loco.value_and_grad(loss_fn, layers))(params, batch)
     for found, wanted in zip(
         jax.tree.leaves((loss, grads)), jax.tree.leaves(expected), strict=True
     ):
@@ -22,8 +25,8 @@ def test_loss_and_gradients_equal_jax():
 
 def test_intermediates_by_hand():
     loss_fn, params, (x, y) = regression()
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, (x, y))
-    first, second = (intermediates.layers[name] for name in ("first", "second"))
+    _, grads, intermediates = capture(loss_fn)(params, (x, y))
+    first, second = (intermediates.layers[f"{n}/kernel"] for n in ("first", "second"))
     a1 = x @ params["first"]["kernel"] + params["first"]["bias"]
     a2 = jnp.tanh(a1) @ params["second"]["kernel"] + params["second"]["bias"]
     g2 = 2 * (a2 - y) / len(x)
@@ -42,12 +45,10 @@ def test_has_aux():
     def with_aux(params, batch):
         return loss_fn(params, batch), {"count": jnp.ones(3)}
 
-    (loss, aux), _, intermediates = loco.linen.value_and_grad(with_aux, has_aux=True)(
-        params, batch
-    )
+    (loss, aux), _, intermediates = capture(with_aux, has_aux=True)(params, batch)
     assert loss == loss_fn(params, batch)
     assert aux["count"].shape == (3,)
-    assert set(intermediates.layers) == {"first", "second"}
+    assert set(intermediates.layers) == {"first/kernel", "second/kernel"}
 
 
 def test_static_arguments_pass_through():
@@ -59,7 +60,7 @@ def test_static_arguments_pass_through():
 
     x = jnp.ones((2, 4))
     params = model.init(jax.random.key(0), x)["params"]
-    loss, *_ = loco.linen.value_and_grad(loss_fn)(params, x, train=True, scale=abs)
+    loss, *_ = capture(loss_fn)(params, x, train=True, scale=abs)
     assert loss > 0
 
 
@@ -72,14 +73,15 @@ def test_penalty_over_all_leaves_keeps_its_value_and_gradient():
         )
 
     expected = jax.value_and_grad(penalized)(params, batch)
-    loss, grads, intermediates = loco.linen.value_and_grad(penalized)(params, batch)
+    loss, grads, intermediates = capture(penalized)(params, batch)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, expected[1]
     )
-    _, _, plain = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, _, plain = capture(loss_fn)(params, batch)
     np.testing.assert_allclose(
-        intermediates.layers["first"].cotangents, plain.layers["first"].cotangents
+        intermediates.layers["first/kernel"].cotangents,
+        plain.layers["first/kernel"].cotangents,
     )
 
 
@@ -94,9 +96,12 @@ def test_apply_that_was_jitted_and_called_before():
         return jnp.sum(apply(variables, x) ** 2)
 
     jax.jit(jax.grad(loss_fn))(variables, x)
-    _, _, intermediates = loco.linen.value_and_grad(loss_fn)(variables, x)
-    assert set(intermediates.layers) == {"params/first", "params/second"}
-    assert intermediates.layers["params/first"].transfer.name == "tanh"
+    _, _, intermediates = capture(loss_fn)(variables, x)
+    assert set(intermediates.layers) == {
+        "params/first/kernel",
+        "params/second/kernel",
+    }
+    assert intermediates.layers["params/first/kernel"].transfer.name == "tanh"
 
 
 def test_several_models_in_one_loss():
@@ -111,182 +116,82 @@ def test_several_models_in_one_loss():
         code = encoder.apply({"params": params["encoder"]}, x)
         return jnp.sum((decoder.apply({"params": params["decoder"]}, code) - x) ** 2)
 
-    _, _, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
+    _, _, intermediates = capture(loss_fn)(params, x)
     assert set(intermediates.layers) == {
-        f"{model}/{layer}"
+        f"{model}/{layer}/kernel"
         for model in ("encoder", "decoder")
         for layer in ("first", "second")
     }
 
 
-def final_losses():
-    def by_hand_sigmoid(a, y):
-        p = jax.nn.sigmoid(a)
-        return -jnp.mean(y * jnp.log(p) + (1 - y) * jnp.log(1 - p))
-
-    def by_hand_softmax(a, y):
-        return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(a), axis=-1))
-
-    def integer_labels(a, y):
-        labels = jnp.argmax(y, axis=-1)
-        return optax.softmax_cross_entropy_with_integer_labels(a, labels).mean()
-
-    def stable_sigmoid(a, y):
-        terms = jnp.maximum(a, 0) - a * y + jnp.log1p(jnp.exp(-jnp.abs(a)))
-        return jnp.mean(terms)
-
-    def one_hot_softmax(a, y):
-        one_hot = jax.nn.one_hot(jnp.argmax(y, axis=-1), y.shape[-1])
-        return -jnp.sum(jax.nn.log_softmax(a) * one_hot) / len(a)
-
-    return {
-        "sigmoid": [
-            lambda a, y: optax.sigmoid_binary_cross_entropy(a, y).sum(-1).mean(),
-            by_hand_sigmoid,
-            stable_sigmoid,
-            lambda a, y: jnp.mean(jax.nn.softplus(a) - a * y),
-        ],
-        "softmax": [
-            lambda a, y: optax.softmax_cross_entropy(a, y).mean(),
-            by_hand_softmax,
-            integer_labels,
-            one_hot_softmax,
-        ],
-        "identity": [
-            lambda a, y: jnp.mean((a - y) ** 2),
-            lambda a, y: optax.l2_loss(a, y).sum(),
-            lambda a, y: jnp.mean(jnp.sin(a) * y),
-            lambda a, y: jnp.sum(a),
-        ],
-        "tanh": [lambda a, y: jnp.mean((jnp.tanh(a) - y) ** 2)],
-    }
+def test_excluded_layers_are_not_captured_and_shown_so():
+    loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn, exclude="first/*")(params, batch)
+    _, _, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
+    assert set(intermediates.layers) == {"second/kernel"}
+    shown = [line.split() for line in str(layers).splitlines()]
+    assert ["first/kernel", "excluded"] in shown
+    assert ["first/bias", "excluded"] in shown
 
 
-@pytest.mark.parametrize(
-    ("expected", "loss"),
-    [(name, loss) for name, losses in final_losses().items() for loss in losses],
-)
-@pytest.mark.parametrize("jit", [False, True])
-def test_transfer_of_the_last_layer(expected, loss, jit):
-    model = nn.Dense(3)
-    x = jax.random.normal(jax.random.key(0), (4, 2))
-    y = jax.nn.softmax(jax.random.normal(jax.random.key(1), (4, 3)))
-    params = model.init(jax.random.key(2), x)
-
-    def loss_fn(params, x, y):
-        return loss(model.apply(params, x), y)
-
-    capture = loco.linen.value_and_grad(loss_fn)
-    _, _, intermediates = (jax.jit(capture) if jit else capture)(params, x, y)
-    assert intermediates.layers["params"].transfer.name == expected
+def test_integer_inputs_are_recorded_as_the_layer_takes_them():
+    loss_fn, params, (x, y) = regression()
+    whole = (10 * x).astype(int)
+    _, grads, intermediates = capture(loss_fn)(params, (whole, y))
+    np.testing.assert_array_equal(
+        intermediates.layers["first/kernel"].inputs, whole.astype(jnp.float32)
+    )
+    expected = jax.grad(loss_fn)(params, (whole, y))
+    chex.assert_trees_all_close(grads, expected, rtol=1e-6)
 
 
-ACTIVATIONS = {
-    "relu": [
-        nn.relu,
-        jax.jit(nn.relu),
-        lambda a: jnp.maximum(a, 0),
-        lambda a: jnp.where(a > 0, a, 0.0),
-        lambda a: a * (a > 0),
-        lambda a: nn.relu(a.reshape(2, 2, 3)).reshape(4, 3),
-        lambda a: nn.relu(a.astype(jnp.bfloat16)).astype(jnp.float32),
-        jax.checkpoint(nn.relu),
-        lambda a: nn.relu(a) * jnp.arange(3),
-    ],
-    "leaky_relu": [nn.leaky_relu, lambda a: jnp.maximum(a, 0.01 * a)],
-    "leaky_relu(0.3)": [lambda a: nn.leaky_relu(a, 0.3)],
-    "softplus": [nn.softplus, lambda a: jnp.log(1 + jnp.exp(a))],
-    "elu": [nn.elu],
-    "elu(0.5)": [lambda a: nn.elu(a, 0.5)],
-    "selu": [nn.selu],
-    "gelu": [lambda a: nn.gelu(a, approximate=False)],
-    "gelu_tanh": [nn.gelu],
-    "silu": [nn.silu, lambda a: a * nn.sigmoid(a)],
-    "hard_tanh": [nn.hard_tanh, lambda a: jnp.clip(a, -1, 1)],
-    "softsign": [nn.soft_sign],
-    "relu6": [nn.relu6],
-    "arctan": [jnp.arctan],
-    "exp": [jnp.exp],
-    "tanh": [nn.tanh, lambda a: 2 * nn.sigmoid(2 * a) - 1],
-    "sigmoid": [nn.sigmoid, lambda a: 1 / (1 + jnp.exp(-a))],
-    "identity": [
-        lambda a: a + nn.relu(a),
-        lambda a: a / jnp.std(a, axis=-1, keepdims=True),
-        lambda a: nn.tanh(a) + nn.relu(a),
-        lambda a: jnp.sin(a),
-        lambda a: nn.tanh(a * jnp.arange(3)),
-        lambda a: a,
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("expected", "activation"),
-    [(name, f) for name, functions in ACTIVATIONS.items() for f in functions],
-)
-def test_transfer_of_a_hidden_layer(expected, activation):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(2, name="out")(activation(nn.Dense(3, name="hidden")(x)))
-
-    model, x = Model(), jnp.ones((4, 2))
-    params = model.init(jax.random.key(0), x)["params"]
+def test_a_model_of_one_example_under_vmap():
+    model = MLP()
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    params = model.init(jax.random.key(1), x)["params"]
 
     def loss_fn(params, x):
         return jnp.sum(model.apply({"params": params}, x) ** 2)
 
-    _, _, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
-    assert intermediates.layers["hidden"].transfer.name == expected
+    def one_by_one(params, x):
+        return jnp.sum(jax.vmap(loss_fn, (None, 0))(params, x))
+
+    _, grads, intermediates = capture(one_by_one)(params, x)
+    _, expected, together = capture(loss_fn)(params, x)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5)
+    chex.assert_trees_all_close(intermediates.layers, together.layers, rtol=1e-5)
 
 
-def test_transfers_override_what_is_found():
+def test_train_state_takes_intermediates():
     loss_fn, params, batch = regression()
-    overrides = {"f*": "relu", "second": jnp.sin}
-    capture = loco.linen.value_and_grad(loss_fn, transfers=overrides)
-    _, _, intermediates = capture(params, batch)
-    names = {path: la.transfer.name for path, la in intermediates.layers.items()}
-    assert names == {"first": "relu", "second": "sin"}
-    shown = loco.linen.tabulate(loss_fn, transfers=overrides)(params, batch)
-    assert "given in transfers=" in shown
+    layers = loco.layers(loss_fn)(params, batch)
+    capture = loco.value_and_grad(loss_fn, layers)
+    state = loco.linen.TrainState.create(
+        apply_fn=None,
+        params=params,
+        tx=optax.chain(loco.locoprop_momentum(layers), optax.identity()),
+    )
+
+    @jax.jit
+    def step(state, batch):
+        loss, grads, intermediates = capture(state.params, batch)
+        return state.apply_gradients(grads=grads, intermediates=intermediates), loss
+
+    first = None
+    for _ in range(20):
+        state, loss = step(state, batch)
+        first = loss if first is None else first
+    assert int(state.step) == 20
+    assert loss < first
+    grads = jax.grad(loss_fn)(params, batch)
+    with pytest.raises(TypeError, match="needs `intermediates=`"):
+        state.apply_gradients(grads=grads)
 
 
-def test_excluded_layers_are_not_captured_and_shown_so():
+def test_train_state_of_another_optimizer():
     loss_fn, params, batch = regression()
-    capture = loco.linen.value_and_grad(loss_fn, exclude="first")
-    assert set(capture(params, batch)[2].layers) == {"second"}
-    shown = loco.linen.tabulate(loss_fn, exclude="first")(params, batch)
-    assert shown.splitlines()[1].split() == ["first", "excluded"]
-
-
-def test_unknown_transfer_lists_the_known_ones():
-    loss_fn, *_ = regression()
-    with pytest.raises(ValueError, match=r"'thanh'. Known names: .*identity, .*tanh"):
-        loco.linen.value_and_grad(loss_fn, transfers={"first": "thanh"})
-
-
-def test_transfer_for_no_layer():
-    loss_fn, params, batch = regression()
-    capture = loco.linen.value_and_grad(loss_fn, transfers={"frist": "tanh"})
-    with pytest.raises(
-        ValueError, match=r"'frist'.*fits no captured layer.*'first', 'second'"
-    ):
-        capture(params, batch)
-
-
-def test_integer_inputs():
-    loss_fn, params, (x, y) = regression()
-    with pytest.raises(ValueError, match=r"'first': its inputs have dtype int32"):
-        loco.linen.value_and_grad(loss_fn)(params, (x.astype(int), y))
-
-
-def test_parameters_broadcast_across_a_vmap():
-    model = MLP()
-    x = jnp.ones((5, 4))
-    params = model.init(jax.random.key(0), x)["params"]
-
-    def loss_fn(params, x):
-        return jnp.sum(jax.vmap(lambda row: model.apply({"params": params}, row))(x))
-
-    with pytest.raises(ValueError, match=r"'first'.*broadcast across a vmap.*exclude="):
-        loco.linen.value_and_grad(loss_fn)(params, x)
+    state = loco.linen.TrainState.create(
+        apply_fn=None, params=params, tx=optax.sgd(0.1)
+    )
+    grads = jax.grad(loss_fn)(params, batch)
+    assert int(state.apply_gradients(grads=grads).step) == 1

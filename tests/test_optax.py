@@ -13,16 +13,18 @@ from optax import contrib
 import locoprop_optax as loco
 from tests.helpers import regression, train_step
 
-BLOCK = loco.locoprop_momentum(0.2, momentum=None)
+LOSS, PARAMS, BATCH = regression()
+LAYERS = loco.layers(LOSS)(PARAMS, BATCH)
+BLOCK = loco.locoprop_momentum(LAYERS, 0.2, momentum=None)
 
 
 def train(tx, steps=4, **extra):
     """Parameters after some steps, and the optimizer's state."""
-    loss_fn, params, batch = regression()
+    capture, params = loco.value_and_grad(LOSS, LAYERS), PARAMS
 
     @jax.jit
     def step(params, state):
-        loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        loss, grads, intermediates = capture(params, BATCH)
         given = {"value": loss, **extra}
         updates, state = tx.update(
             grads, state, params, intermediates=intermediates, **given
@@ -37,10 +39,10 @@ def train(tx, steps=4, **extra):
 
 def by_hand(change=lambda k, updates: updates, steps=4):
     """Parameters after a loop in which each step's updates are changed by hand."""
-    loss_fn, params, batch = regression()
+    capture, params = loco.value_and_grad(LOSS, LAYERS), PARAMS
     state = BLOCK.init(params)
     for k in range(steps):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        _, grads, intermediates = capture(params, BATCH)
         updates, state = BLOCK.update(grads, state, params, intermediates=intermediates)
         params = optax.apply_updates(params, change(k, updates))
     return params
@@ -54,9 +56,8 @@ def only(name):
 
 
 def mask(name):
-    _, params, _ = regression()
     return {
-        layer: dict.fromkeys(leaves, layer == name) for layer, leaves in params.items()
+        layer: dict.fromkeys(leaves, layer == name) for layer, leaves in PARAMS.items()
     }
 
 
@@ -131,29 +132,29 @@ def test_equals_a_loop_by_hand(name):
 
 def test_conditionally_transform_skips_the_block():
     tx = optax.conditionally_transform(BLOCK, lambda step: step < 0)
-    loss_fn, params, batch = regression()
-    raw = jax.grad(loss_fn)(params, batch)
+    raw = jax.grad(LOSS)(PARAMS, BATCH)
     after, _ = train(tx, steps=1)
     chex.assert_trees_all_close(
-        after, jax.tree.map(jnp.add, params, raw), rtol=1e-5, atol=1e-6
+        after, jax.tree.map(jnp.add, PARAMS, raw), rtol=1e-5, atol=1e-6
     )
 
 
 def test_apply_if_finite_skips_a_broken_batch():
-    loss_fn, params, (x, y) = regression()
-    tx = optax.apply_if_finite(loco.locoprop_momentum(), 3)
-    state = tx.init(params)
-    step = jax.jit(train_step(loss_fn, tx))
-    after, state, _ = step(params, state, (x.at[0, 0].set(jnp.nan), y))
-    chex.assert_trees_all_equal(after, params)
-    after, state, _ = step(params, state, (x, y))
-    assert not jnp.allclose(after["first"]["kernel"], params["first"]["kernel"])
+    x, y = BATCH
+    tx = optax.apply_if_finite(loco.locoprop_momentum(LAYERS), 3)
+    state = tx.init(PARAMS)
+    step = jax.jit(train_step(LOSS, LAYERS, tx))
+    after, state, _ = step(PARAMS, state, (x.at[0, 0].set(jnp.nan), y))
+    chex.assert_trees_all_equal(after, PARAMS)
+    after, state, _ = step(PARAMS, state, (x, y))
+    assert not jnp.allclose(after["first"]["kernel"], PARAMS["first"]["kernel"])
     assert all(bool(jnp.all(jnp.isfinite(p))) for p in jax.tree.leaves(after))
 
 
 def test_injected_schedules_reach_every_number():
     def make(learning_rate, gamma, damping, strength):
         return loco.locoprop_momentum(
+            LAYERS,
             learning_rate,
             momentum=None,
             target=loco.targets.normalized(gamma),
@@ -172,20 +173,20 @@ def test_injected_schedules_reach_every_number():
 
 
 def test_schedule_free_trains():
-    tx = contrib.schedule_free(loco.locoprop_momentum(0.3, momentum=None), 0.3, b1=0.9)
-    loss_fn, params, batch = regression()
+    inner = loco.locoprop_momentum(LAYERS, 0.3, momentum=None)
+    tx = contrib.schedule_free(inner, 0.3, b1=0.9)
     trained, state = train(tx, steps=40)
     evaluated = contrib.schedule_free_eval_params(state, trained)
-    assert loss_fn(evaluated, batch) < 0.7 * loss_fn(params, batch)
+    assert LOSS(evaluated, BATCH) < 0.7 * LOSS(PARAMS, BATCH)
 
 
 def test_flattened_parameters_are_an_error_that_explains():
-    with pytest.raises(ValueError, match=r"'first', which is not.*optax.flatten"):
-        train(optax.flatten(loco.scale_by_locoprop()))
+    with pytest.raises(ValueError, match=r"hold no 'first/kernel'.*optax.flatten"):
+        train(optax.flatten(loco.scale_by_locoprop(LAYERS)))
 
 
 def test_dropped_extra_arguments_are_an_error_that_explains():
-    inner = loco.locoprop_momentum()
+    inner = loco.locoprop_momentum(LAYERS)
     dropping = optax.GradientTransformation(
         inner.init, lambda updates, state, params: inner.update(updates, state, params)
     )
@@ -193,15 +194,20 @@ def test_dropped_extra_arguments_are_an_error_that_explains():
         train(optax.with_extra_args_support(dropping))
 
 
-@pytest.mark.parametrize("tx", [loco.locoprop_momentum(), loco.locoprop_m(1e-3)])
+@pytest.mark.parametrize(
+    "tx", [loco.locoprop_momentum(LAYERS), loco.locoprop_m(LAYERS, 1e-3)]
+)
 def test_joined_micro_batches_equal_the_large_batch(tx):
     loss_fn, params, (x, y) = regression(batch=12)
-    capture = loco.linen.value_and_grad(loss_fn)
+    capture = loco.value_and_grad(loss_fn, LAYERS)
     _, grads, whole = capture(params, (x, y))
     parts = [capture(params, (x[i : i + 4], y[i : i + 4])) for i in (0, 4, 8)]
     joined = loco.join_intermediates(*(part[2] for part in parts))
     mean_grads = jax.tree.map(lambda *g: sum(g) / 3, *(part[1] for part in parts))
-    chex.assert_trees_all_close(joined, whole, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(joined.layers, whole.layers, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        joined.gauss_newton.gradient, whole.gauss_newton.gradient, rtol=1e-4, atol=1e-6
+    )
     results = [
         tx.update(g, tx.init(params), params, intermediates=i)[0]
         for g, i in ((grads, whole), (mean_grads, joined))
@@ -212,6 +218,7 @@ def test_joined_micro_batches_equal_the_large_batch(tx):
 def test_numbers_of_targets_and_solvers_can_be_injected():
     def make(damping, decay, tolerance):
         return loco.locoprop_momentum(
+            LAYERS,
             momentum=None,
             target=loco.targets.momentum(
                 loco.targets.natural_gradient(0.1, damping, decay), decay
@@ -227,10 +234,15 @@ def test_numbers_of_targets_and_solvers_can_be_injected():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda ema: loco.locoprop_momentum(solver=loco.solvers.exact(ema=ema)), "ema"),
+        (
+            lambda ema: loco.locoprop_momentum(
+                LAYERS, solver=loco.solvers.exact(ema=ema)
+            ),
+            "ema",
+        ),
         (
             lambda scale: loco.locoprop_momentum(
-                regularizer=loco.regularizers.signed_entropy(1.0, scale)
+                LAYERS, regularizer=loco.regularizers.signed_entropy(1.0, scale)
             ),
             "scale",
         ),
@@ -242,19 +254,19 @@ def test_what_shapes_the_state_must_be_static(make, name):
 
 
 def test_joining_parts_with_and_without_sampled_cotangents():
-    loss_fn, params, batch = regression()
-    _, _, part = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, _, part = loco.value_and_grad(LOSS, LAYERS)(PARAMS, BATCH)
     both = loco.add_sampled_cotangents(part, part)
-    assert loco.join_intermediates(both, both).layers["first"].sampled_cotangents.shape
+    joined = loco.join_intermediates(both, both).layers["first/kernel"]
+    assert joined.sampled_cotangents.shape == (16, 5)
     with pytest.raises(ValueError, match="hold sampled_cotangents, others do not"):
         loco.join_intermediates(both, part)
 
 
 def test_joining_different_layers_names_them():
-    loss_fn, params, batch = regression()
-    _, _, whole = loco.linen.value_and_grad(loss_fn)(params, batch)
-    _, _, part = loco.linen.value_and_grad(loss_fn, exclude="first")(params, batch)
-    with pytest.raises(ValueError, match="not in all of them: 'first'"):
+    fewer = loco.layers(LOSS, exclude="first/*")(PARAMS, BATCH)
+    _, _, whole = loco.value_and_grad(LOSS, LAYERS)(PARAMS, BATCH)
+    _, _, part = loco.value_and_grad(LOSS, fewer)(PARAMS, BATCH)
+    with pytest.raises(ValueError, match="not in all of them: 'first/kernel'"):
         loco.join_intermediates(whole, part)
     with pytest.raises(ValueError, match="at least one part"):
         loco.join_intermediates()

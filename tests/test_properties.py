@@ -12,15 +12,21 @@ from tests.helpers import MLP, regression
 
 OPTIMIZERS = {
     "momentum": loco.locoprop_momentum,
-    "locoprop_m": lambda learning_rate=1e-3: loco.locoprop_m(learning_rate),
-    "locoprop_s": lambda learning_rate=1e-3: loco.locoprop_s(learning_rate),
-    "natural": lambda learning_rate=0.1: loco.locoprop_momentum(
+    "locoprop_m": lambda layers, learning_rate=1e-3: loco.locoprop_m(
+        layers, learning_rate
+    ),
+    "locoprop_s": lambda layers, learning_rate=1e-3: loco.locoprop_s(
+        layers, learning_rate
+    ),
+    "natural": lambda layers, learning_rate=0.1: loco.locoprop_momentum(
+        layers,
         learning_rate,
         loss=loco.losses.squared_loss(),
         target=loco.targets.natural_gradient(0.1),
         solver=loco.solvers.exact(0.1, ema=0.9),
     ),
-    "conjugate": lambda learning_rate=0.1: loco.locoprop_momentum(
+    "conjugate": lambda layers, learning_rate=0.1: loco.locoprop_momentum(
+        layers,
         learning_rate,
         target=loco.targets.momentum(loco.targets.normalized(0.05), 0.5),
         solver=loco.solvers.line_searched(loco.solvers.conjugate_gradient(3)),
@@ -29,16 +35,17 @@ OPTIMIZERS = {
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-def capture(loss_fn, params, batch):
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+def capture(loss_fn, layers, params, batch):
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
     return grads, intermediates
 
 
 @optimizers
 def test_accepts_unknown_extra_arguments(make):
     loss_fn, params, batch = regression()
-    grads, intermediates = capture(loss_fn, params, batch)
-    tx = make()
+    layers = loco.layers(loss_fn)(params, batch)
+    grads, intermediates = capture(loss_fn, layers, params, batch)
+    tx = make(layers)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     results = [
         tx.update(grads, tx.init(params), params, intermediates=intermediates, **more)[
@@ -52,12 +59,13 @@ def test_accepts_unknown_extra_arguments(make):
 @optimizers
 def test_traces_once(make):
     loss_fn, params, batch = regression()
-    tx, traces = make(), []
+    layers = loco.layers(loss_fn)(params, batch)
+    tx, traces = make(layers), []
 
     @jax.jit
     def step(params, state):
         traces.append(None)
-        grads, intermediates = capture(loss_fn, params, batch)
+        grads, intermediates = capture(loss_fn, layers, params, batch)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return optax.apply_updates(params, updates), state
 
@@ -85,14 +93,16 @@ def test_converges_on_a_convex_problem_under_scan(make, loss):
     x = jax.random.normal(jax.random.key(0), (16, 4))
     solution = jax.random.normal(jax.random.key(1), (4, 3))
     params = LINEAR.init(jax.random.key(2), x)
-    tx = make(optax.linear_schedule(0.1 if make in FAST else 3e-3, 0.0, 400))
 
     def loss_fn(params, batch):
         return loss(LINEAR.apply(params, batch), x @ solution)
 
+    layers = loco.layers(loss_fn)(params, x)
+    tx = make(layers, optax.linear_schedule(0.1 if make in FAST else 3e-3, 0.0, 400))
+
     def step(carry, _):
         params, state = carry
-        grads, intermediates = capture(loss_fn, params, x)
+        grads, intermediates = capture(loss_fn, layers, params, x)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return (optax.apply_updates(params, updates), state), None
 
@@ -107,11 +117,13 @@ FAST = [OPTIMIZERS[name] for name in ("momentum", "natural", "conjugate")]
 @optimizers
 def test_injected_hyperparameters_change_nothing(make):
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
+    injected = optax.inject_hyperparams(make)(layers, learning_rate=0.01)
     results = []
-    for tx in (make(0.01), optax.inject_hyperparams(make)(learning_rate=0.01)):
+    for tx in (make(layers, 0.01), injected):
         state, moved = tx.init(params), params
         for _ in range(3):
-            grads, intermediates = capture(loss_fn, moved, batch)
+            grads, intermediates = capture(loss_fn, layers, moved, batch)
             updates, state = tx.update(grads, state, moved, intermediates=intermediates)
             moved = optax.apply_updates(moved, updates)
         results.append(moved)
@@ -126,8 +138,9 @@ def test_dtypes_of_updates_and_state(make, dtype):
         model = MLP(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
         loss_fn, params, batch = regression(model)
         batch = jax.tree.map(lambda b: b.astype(dtype), batch)
-        grads, intermediates = capture(loss_fn, params, batch)
-        tx = make()
+        layers = loco.layers(loss_fn)(params, batch)
+        grads, intermediates = capture(loss_fn, layers, params, batch)
+        tx = make(layers)
         state = tx.init(params)
         like = jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), state)
         for _ in range(2):
@@ -142,9 +155,10 @@ def test_dtypes_of_updates_and_state(make, dtype):
 @optimizers
 def test_learning_rate_takes_a_schedule(make):
     loss_fn, params, batch = regression()
-    grads, intermediates = capture(loss_fn, params, batch)
+    layers = loco.layers(loss_fn)(params, batch)
+    grads, intermediates = capture(loss_fn, layers, params, batch)
     schedule = optax.piecewise_constant_schedule(0.01, {1: 0.0})
-    tx = make(schedule)
+    tx = make(layers, schedule)
     state = tx.init(params)
     sizes = []
     for _ in range(2):
@@ -154,7 +168,7 @@ def test_learning_rate_takes_a_schedule(make):
     if make in FAST:
         assert sizes[1] == 0
     else:  # the momentum of RMSProp holds steps that are already scaled, and decays
-        constant = make(0.01)
+        constant = make(layers, 0.01)
         state = constant.init(params)
         for _ in range(2):
             updates, state = constant.update(

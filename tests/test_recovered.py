@@ -30,10 +30,16 @@ TITLES = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
 GAMMA = 0.5
 
 
-def block(title):
+def block(title, layers):
     """What the code under a heading of the page defines."""
     (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    return run_blocks(section, loco=loco, optax=optax, dataclasses=dataclasses)
+    names = {"loco": loco, "optax": optax, "dataclasses": dataclasses}
+    return run_blocks(section, layers=layers, **names)
+
+
+def by(title):
+    """The optimizer under a heading of the page, as a function of the layers."""
+    return lambda layers: block(title, layers)["tx"]
 
 
 @pytest.fixture(params=["relu", "tanh", "sigmoid"])
@@ -46,14 +52,15 @@ def drawn(request):
 def test_every_section_of_the_page_is_proved():
     source = Path(__file__).read_text()
     assert len(TITLES) == 10
-    assert all(f'block("{title}")' in source for title in TITLES)
+    assert all(re.search(rf'(block|by)\("{title}"', source) for title in TITLES)
 
 
 def test_backprop():
     loss_fn, params, batch = regression(MLP(param_dtype=jnp.float64))
-    tx = optax.chain(block("BackProp")["tx"], optax.scale(-1.0))
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = optax.chain(by("BackProp")(layers), optax.scale(-1.0))
     adam = optax.adam(1e-2)
-    step, state = train_step(loss_fn, tx), tx.init(params)
+    step, state = train_step(loss_fn, layers, tx), tx.init(params)
     expected, adam_state = params, adam.init(params)
     for _ in range(4):
         params, state, _ = step(params, state, batch)
@@ -68,7 +75,7 @@ def test_backprop():
 def test_proxprop(drawn):
     params, layer, x, gradient = drawn
     expected = GAMMA * np.linalg.solve(x.T @ x + 2.0 * np.eye(5), gradient)
-    found = as_matrix(solved(block("ProxProp")["tx"], params, layer))
+    found = as_matrix(solved(by("ProxProp"), params, layer))
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -83,9 +90,9 @@ def test_proxprop_by_conjugate_gradients(drawn):
         smaller = residual - length * curved
         direction = smaller + np.sum(smaller**2) / np.sum(residual**2) * direction
         residual = smaller
-    tx = block("ProxProp by conjugate gradients")["tx"]
+    make = by("ProxProp by conjugate gradients")
     np.testing.assert_allclose(
-        as_matrix(solved(tx, params, layer)), solution, rtol=1e-8
+        as_matrix(solved(make, params, layer)), solution, rtol=1e-8
     )
 
 
@@ -93,7 +100,7 @@ def test_foof(drawn):
     params, layer, x, gradient = drawn
     gram = x.T @ x
     damped = gram + 0.1 * np.trace(gram) / 5 * np.eye(5)
-    found = as_matrix(solved(block("FOOF")["tx"], params, layer))
+    found = as_matrix(solved(by("FOOF"), params, layer))
     np.testing.assert_allclose(found, GAMMA * np.linalg.solve(damped, gradient))
 
 
@@ -103,11 +110,12 @@ def test_kfac_of_a_model():
     loss_fn, params, (x, y) = regression(model)
     outputs = model.apply({"params": params}, x)
     noise = jax.random.normal(jax.random.key(9), outputs.shape)
-    capture = loco.linen.value_and_grad(loss_fn)
+    layers = loco.layers(loss_fn)(params, (x, y))
+    capture = loco.value_and_grad(loss_fn, layers)
     _, grads, intermediates = capture(params, (x, y))
     _, _, sampled = capture(params, (x, outputs + noise))
     both = loco.add_sampled_cotangents(intermediates, sampled)
-    tx = block("K-FAC")["tx"]
+    tx = by("K-FAC")(layers)
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=both)
 
     hidden = np.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
@@ -126,7 +134,7 @@ def test_kfac_of_a_model():
 def test_exponentiated_gradient(drawn):
     params, layer, _, gradient = drawn
     positive = {name: jnp.abs(p) + 0.1 for name, p in params.items()}
-    found = as_matrix(solved(block("Exponentiated gradient")["tx"], positive, layer))
+    found = as_matrix(solved(by("Exponentiated gradient"), positive, layer))
     old = as_matrix(positive)
     expected = old - old * np.exp(-GAMMA * gradient / 4.0)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
@@ -134,8 +142,8 @@ def test_exponentiated_gradient(drawn):
 
 def test_signed_exponentiated_gradient(drawn):
     params, layer, _, gradient = drawn
-    tx = block("Signed exponentiated gradient")["tx"]
-    found = as_matrix(solved(tx, params, layer))
+    make = by("Signed exponentiated gradient")
+    found = as_matrix(solved(make, params, layer))
     old = as_matrix(params)
     plus = (old + np.sqrt(old**2 + 0.3**2)) / 2
     minus = plus - old
@@ -157,7 +165,7 @@ def test_target_propagation(drawn):
     for _ in range(3):
         theta = theta - 0.1 * jax.grad(loss)(theta)
     layer = dataclasses.replace(layer, targets=goal)
-    found = as_matrix(solved(block("Target propagation")["tx"], params, layer))
+    found = as_matrix(solved(by("Target propagation"), params, layer))
     np.testing.assert_allclose(found, start - theta, rtol=1e-8, atol=1e-12)
 
 
@@ -187,20 +195,22 @@ def test_difference_target_propagation_trains_an_autoencoder():
     def inverse_loss(inverse, code, outputs):
         return jnp.mean((invert(inverse, outputs) - code) ** 2)
 
-    names = block("Target propagation")
+    layers = loco.layers(loss_fn)(params, x)
+    names = block("Target propagation", layers)
     tx = optax.chain(names["tx"], optax.scale(-0.1))
     state, start = tx.init(params), loss_fn(params, x)
 
     def targets_of(intermediates, inverse):
-        code = jnp.tanh(intermediates.layers["encoder"].preactivations)
-        outputs = intermediates.layers["decoder"].preactivations
+        code = jnp.tanh(intermediates.layers["encoder/kernel"].preactivations)
+        outputs = intermediates.layers["decoder/kernel"].preactivations
         goal = outputs - 0.5 * (outputs - x)
         change = invert(inverse, goal) - invert(inverse, outputs)
-        return code, outputs, {"encoder": code + change, "decoder": goal}
+        goals = {"encoder/kernel": code + change, "decoder/kernel": goal}
+        return code, outputs, goals
 
     @jax.jit
     def step(params, state, inverse):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, x)
         code, outputs, targets = targets_of(intermediates, inverse)
         nothing = jax.tree.map(jnp.zeros_like, grads)
         updates, state = tx.update(
@@ -235,6 +245,6 @@ def test_locoprop(which, drawn):
         rate = 1e-3 * max(1 - k / 4, 0.25)
         velocity = 0.999 * velocity + rate * gradient / np.sqrt(moment + 1e-5)
         theta = theta - velocity
-    tx = {"S": block("LocoProp-S"), "M": block("LocoProp-M")}[which]["tx"]
-    found = as_matrix(solved(tx, params, layer))
+    make = {"S": by("LocoProp-S"), "M": by("LocoProp-M")}[which]
+    found = as_matrix(solved(make, params, layer))
     np.testing.assert_allclose(found, theta - start, rtol=1e-8)

@@ -56,6 +56,8 @@ def layers(
       >>> print(loco.nnx.layers(loss_fn)(model, jnp.ones((5, 3))))
       layer                   product  rows  inputs  outputs  transfer  why
       layers/0/kernel + bias  product  5     3       4        tanh      applied to the pre-activation
+      <BLANKLINE>
+      curvature: the loss is convex in outputs of shape 5×4 (squared error)
     """  # noqa: E501
     find_layers = find.layers(
         _functional(loss_fn, has_aux),

@@ -33,8 +33,8 @@ def test_a_step_of_each_is_captured(problem):
     batch = tuple(part[: problem.batch_size] for part in problem.data.train)
 
     def captured(key, batch):
-        params, others = problem.init(key)
-        return problem.capture(params, others, batch, False)
+        given = *problem.init(key), batch
+        return problem.capture(problem.layers(*given), *given)
 
     loss, grads, intermediates, _ = jax.eval_shape(captured, jax.random.key(0), batch)
     assert loss.shape == ()

@@ -63,7 +63,7 @@ def test_derivative_bound(name, a):
 
 
 def test_targets_out_of_range_change_the_value_by_a_constant():
-    loss = loco.losses.matching_loss("tanh")(loco.losses.IDENTITY)
+    loss = loco.losses.matching_loss("tanh")(loco.losses.as_transfer("identity"))
     points, target = jnp.linspace(-2, 2, 5), jnp.full(5, 1.02)
     assert np.all(np.isfinite([loss.value(a, target[0]) for a in points]))
     gradient = jax.grad(loss.value)(points, target)
@@ -78,7 +78,7 @@ def test_squared_loss_ignores_the_transfer():
 
 
 def test_callable_has_a_gradient_but_no_value():
-    loss = loco.losses.matching_loss(jnp.sin)(loco.losses.IDENTITY)
+    loss = loco.losses.matching_loss(jnp.sin)(loco.losses.as_transfer("identity"))
     a, t = jnp.array([0.5]), jnp.array([0.1])
     np.testing.assert_allclose(loss.gradient(a, t), jnp.sin(0.5) - 0.1)
     assert loss.curvature is None

@@ -129,9 +129,10 @@ def deep_autoencoder(seed):
 def test_locoprop_does_not_diverge_where_its_model_does_not_hold(seed):
     """Whole steps lead to a loss of millions, then to none that is finite."""
     loss_fn, params, x = deep_autoencoder(seed)
-    tx = loco.locoprop()
-    step, state, losses = jax.jit(train_step(loss_fn, tx, True)), tx.init(params), []
-    shares = []
+    layers = loco.layers(loss_fn)(params, x)
+    tx = loco.locoprop(layers)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
+    losses, shares = [], []
     for _ in range(20):
         params, state, loss = step(params, state, x)
         losses.append(float(loss))
@@ -151,8 +152,9 @@ def test_a_linear_model_is_solved_in_whole_steps():
     def loss_fn(params, batch):
         return jnp.mean((model.apply(params, batch[0]) - batch[1]) ** 2)
 
-    tx = loco.locoprop(trust_region=loco.TrustRegion(max_relative_step=10.0))
-    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(params)
+    layers = loco.layers(loss_fn)(params, (x, y))
+    tx = loco.locoprop(layers, trust_region=loco.TrustRegion(max_relative_step=10.0))
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     losses = [loss_fn(params, (x, y))]
     for _ in range(12):
         params, state, _ = step(params, state, (x, y))
@@ -165,7 +167,8 @@ def test_a_batch_that_is_not_finite_leaves_the_share():
     loss_fn, params, x = deep_autoencoder(0)
     tx = loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0)
     state = optax.tree.set(tx.init(params), share=jnp.asarray(0.3))
-    capture = jax.jit(loco.linen.value_and_grad(loss_fn, curvature=True))
+    layers = loco.layers(loss_fn)(params, x)
+    capture = jax.jit(loco.value_and_grad(loss_fn, layers))
     _, grads, intermediates = capture(params, x.at[0, 0].set(jnp.nan))
     updates, state = tx.update(grads, state, params, intermediates=intermediates)
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
@@ -174,10 +177,12 @@ def test_a_batch_that_is_not_finite_leaves_the_share():
 
 
 def test_damping_grows_after_a_step_that_was_shortened():
-    """Though the loss falls after what is left of it; the curvature is captured."""
+    """Though the loss falls after what is left of it; all is in the intermediates."""
     loss_fn, params, x = deep_autoencoder(0)
+    layers = loco.layers(loss_fn)(params, x)
     tx = optax.chain(
         loco.scale_by_locoprop(
+            layers,
             target=loco.targets.natural_gradient(1.0, damping=0.5),
             solver=loco.solvers.majorized_newton(1, damping=0.3),
         ),
@@ -188,7 +193,7 @@ def test_damping_grows_after_a_step_that_was_shortened():
             trust_region=loco.TrustRegion(max_relative_step=10.0),
         ),
     )
-    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(params)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     seen = []
     for _ in range(2):
         params, state, _ = step(params, state, x)
@@ -201,8 +206,9 @@ def test_damping_grows_after_a_step_that_was_shortened():
 
 def test_a_rate_of_zero_and_an_ensemble_keep_whole_steps():
     loss_fn, params, x = deep_autoencoder(1)
-    tx = loco.locoprop(lambda count: jnp.where(count < 3, 0.1, 0.0))
-    step = jax.jit(jax.vmap(train_step(loss_fn, tx, True), (0, 0, None)))
+    layers = loco.layers(loss_fn)(params, x)
+    tx = loco.locoprop(layers, lambda count: jnp.where(count < 3, 0.1, 0.0))
+    step = jax.jit(jax.vmap(train_step(loss_fn, layers, tx), (0, 0, None)))
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     state = jax.vmap(tx.init)(both)
     for _ in range(7):
@@ -226,8 +232,9 @@ def test_noise_of_bfloat16_does_not_stop_training():
         outputs = model.apply(params, batch[0]).astype(jnp.float32)
         return jnp.mean((outputs - batch[1]) ** 2)
 
-    tx = loco.locoprop()
-    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(params)
+    layers = loco.layers(loss_fn)(params, (x, first))
+    tx = loco.locoprop(layers)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     for _ in range(60):
         params, state, _ = step(params, state, (x, first))
     start = loss_fn(params, (x, second))

@@ -1,5 +1,7 @@
 """CurveBall and its two-by-two system, against dense matrices in float64."""
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -78,11 +80,11 @@ def test_products_are_those_of_dense_matrices(loss_fn):
     gradient, matrix, jacobian = dense(model_fn, loss_fn, params, 0.0)
     flat, restore = ravel_pytree(params)
     v = np.random.default_rng(0).normal(size=flat.shape)
-    pushed = linear.push(restore(v))
+    pushed = linear.jvp(restore(v))
     np.testing.assert_allclose(pushed.ravel(), jacobian @ v, rtol=1e-10, atol=1e-12)
-    product = ravel_pytree(linear.pull(linear.curve(pushed)))[0]
+    product = ravel_pytree(linear.vjp(linear.hvp(pushed)))[0]
     np.testing.assert_allclose(product, matrix @ v, rtol=1e-9, atol=1e-12)
-    found = ravel_pytree(linear.pull(linear.loss_gradient))[0]
+    found = ravel_pytree(linear.vjp(linear.loss_gradient))[0]
     np.testing.assert_allclose(found, gradient, rtol=1e-9, atol=1e-12)
 
 
@@ -284,18 +286,24 @@ def test_masked_parameters_are_an_error_that_explains():
 
 @pytest.mark.parametrize(
     "make",
-    [loco.curveball, lambda: loco.locoprop_momentum(diagnostics=True), loco.locoprop],
+    [
+        lambda layers: loco.curveball(),
+        partial(loco.locoprop_momentum, diagnostics=True),
+        loco.locoprop,
+    ],
 )
 def test_the_state_can_be_donated_to_a_scan(make):
     model_fn, params = network()
-    tx = optax.with_extra_args_support(make())
 
     def total(params):
         return cross_entropy(model_fn(params))
 
+    layers = loco.layers(total)(params)
+    tx = optax.with_extra_args_support(make(layers))
+
     def step(carry, _):
         params, state = carry
-        _, grads, intermediates = loco.linen.value_and_grad(total)(params)
+        _, grads, intermediates = loco.value_and_grad(total, layers)(params)
         extra = {"model_fn": model_fn, "loss_fn": cross_entropy}
         updates, state = tx.update(
             grads, state, params, intermediates=intermediates, **extra
@@ -386,11 +394,12 @@ def test_locoprop_without_a_learning_rate():
     def total(params):
         return cross_entropy(model_fn(params))
 
-    tx = optax.chain(loco.scale_by_locoprop(), loco.scale_by_quadratic_model())
+    layers = loco.layers(total)(params)
+    tx = optax.chain(loco.scale_by_locoprop(layers), loco.scale_by_quadratic_model())
 
     @jax.jit
     def step(params, state):
-        loss, grads, intermediates = loco.linen.value_and_grad(total)(params)
+        loss, grads, intermediates = loco.value_and_grad(total, layers)(params)
         updates, state = tx.update(
             grads,
             state,

@@ -110,8 +110,9 @@ def classifier(scale=1.0, rows=32):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_no_matrix_moves_further_than_its_share(scale):
     loss_fn, params, batch = classifier(scale)
-    tx = loco.locoprop()
-    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(params)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.locoprop(layers)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     for _ in range(5):
         moved, state, _ = step(params, state, batch)
         change = jax.tree.map(jnp.subtract, moved, params)
@@ -126,8 +127,9 @@ def test_a_wrong_example_where_all_others_are_sure_does_not_throw_the_weights():
     """
     loss_fn, params, (x, labels) = classifier()
     sure = jax.tree.map(lambda leaf: 60 * leaf, params)
-    tx = loco.locoprop()
-    step, state = jax.jit(train_step(loss_fn, tx, True)), tx.init(sure)
+    layers = loco.layers(loss_fn)(sure, (x, labels))
+    tx = loco.locoprop(layers)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(sure)
     start, losses = float(loss_fn(sure, (x, labels))), []
     for k in range(12):
         wrong = labels.at[k].set((labels[k] + 1) % 3)
@@ -176,14 +178,15 @@ def test_penalties_do_not_go_through_the_inverse():
     def penalized(params, batch):
         return loss_fn(params, batch) + 0.01 * optax.tree.norm(params, squared=True)
 
-    tx = loco.scale_by_locoprop(
-        target=loco.targets.natural_gradient(1.0, 0.5),
-        solver=loco.solvers.majorized_newton(1, 0.3),
-    )
     steps = []
     for function in (loss_fn, penalized):
-        capture = loco.linen.value_and_grad(function, curvature=True)
-        _, grads, intermediates = capture(small, batch)
+        layers = loco.layers(function)(small, batch)
+        tx = loco.scale_by_locoprop(
+            layers,
+            target=loco.targets.natural_gradient(1.0, 0.5),
+            solver=loco.solvers.majorized_newton(1, 0.3),
+        )
+        _, grads, intermediates = loco.value_and_grad(function, layers)(small, batch)
         steps.append(
             tx.update(grads, tx.init(small), small, intermediates=intermediates)[0]
         )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import layers, random_layer
+from tests.helpers import random_layer, random_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -21,7 +21,7 @@ BREGMAN = [
 
 
 @given(
-    layers,
+    random_layers,
     st.sampled_from(REGULARIZERS),
 )
 def test_gradient_and_curvature_belong_to_the_value(drawn, regularizer):
@@ -67,7 +67,7 @@ def positive(drawn, seed):
     return {name: jax.numpy.abs(p) + 0.1 for name, p in params.items()}
 
 
-@given(layers, st.sampled_from(BREGMAN))
+@given(random_layers, st.sampled_from(BREGMAN))
 def test_bregman_divergences(drawn, regularizer):
     old, new = positive(drawn, drawn["seed"]), positive(drawn, drawn["seed"] // 2)
     step = {name: new[name] - old[name] for name in old}

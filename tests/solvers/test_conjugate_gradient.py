@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from locoprop_optax._linear_maps import Channelwise
 from tests.helpers import (
-    layers,
     problem_of,
     random_layer,
+    random_layers,
     regression,
     solved,
     train_step,
@@ -18,14 +19,16 @@ from tests.helpers import (
 
 
 @pytest.mark.usefixtures("float64")
-@given(layers, st.floats(0.05, 2.0), st.integers(1, 3))
+@given(random_layers, st.floats(0.05, 2.0), st.integers(1, 3))
 def test_enough_iterations_give_majorized_newton(drawn, damping, num_steps):
     params, layer = random_layer(**drawn)
     precise = {"num_steps": num_steps, "tolerance": 1e-11}
     by_cg, by_inverse = (
         solved(
-            loco.scale_by_locoprop(
-                target=loco.targets.gradient_descent(0.5), solver=solver
+            partial(
+                loco.scale_by_locoprop,
+                target=loco.targets.gradient_descent(0.5),
+                solver=solver,
             ),
             params,
             layer,
@@ -40,19 +43,20 @@ def test_enough_iterations_give_majorized_newton(drawn, damping, num_steps):
 
 
 @pytest.mark.usefixtures("float64")
-@given(layers, st.floats(0.05, 50.0), st.integers(1, 4))
+@given(random_layers, st.floats(0.05, 50.0), st.integers(1, 4))
 def test_never_raises_the_objective(drawn, gamma, iterations):
     params, layer = random_layer(**drawn)
     problem = problem_of(params, layer, gamma=gamma)
     values = [problem.value(problem.no_step())]
     for num_steps in (1, 2, 4):
-        tx = loco.scale_by_locoprop(
+        make = partial(
+            loco.scale_by_locoprop,
             target=loco.targets.gradient_descent(gamma),
             solver=loco.solvers.conjugate_gradient(
                 iterations, 0.0, num_steps=num_steps
             ),
         )
-        update = solved(tx, params, layer)
+        update = solved(make, params, layer)
         values.append(problem.value({name: -u for name, u in update.items()}))
     assert all(np.diff(values) <= 1e-9 * (1 + np.abs(values[0])))
 
@@ -65,27 +69,34 @@ def test_convolutions():
 
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 2, 5)))
+    g = jnp.asarray(rng.normal(size=(3, 5, 4)))
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 2, 4)))}
-    linear_map = Channelwise(forward)
-    a, pull_back = jax.vjp(lambda p: linear_map(p, x), params)
-    g = jnp.asarray(rng.normal(size=a.shape))
-    layer = loco.LayerIntermediates(x, a, g, pull_back(g)[0], linear_map=linear_map)
-    by_cg, by_inverse = (
-        solved(loco.scale_by_locoprop(solver=solver), params, layer)["kernel"]
-        for solver in (
-            loco.solvers.conjugate_gradient(60, 0.2),
-            loco.solvers.majorized_newton(1, 0.2),
-        )
-    )
+
+    def loss_fn(params):
+        return jnp.sum(g * forward(params, x))
+
+    layers = loco.layers(loss_fn)(params)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    updates = []
+    for solver in (
+        loco.solvers.conjugate_gradient(60, 0.2),
+        loco.solvers.majorized_newton(1, 0.2),
+    ):
+        tx = loco.scale_by_locoprop(layers, solver=solver)
+        state = tx.init(params)
+        step, _ = tx.update(grads, state, params, intermediates=intermediates)
+        updates.append(step["kernel"])
+    by_cg, by_inverse = updates
     np.testing.assert_allclose(by_cg, by_inverse, rtol=1e-7)
 
 
 def test_trains_a_model():
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.locoprop_momentum(
-        0.3, solver=loco.solvers.conjugate_gradient(4), momentum=None
+        layers, 0.3, solver=loco.solvers.conjugate_gradient(4), momentum=None
     )
-    step, state = jax.jit(train_step(loss_fn, tx)), tx.init(params)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     start = loss_fn(params, batch)
     for _ in range(30):
         params, state, loss = step(params, state, batch)
@@ -108,9 +119,12 @@ def test_errors(options, match):
 
 def test_needs_a_bound():
     params, layer = random_layer(0, 6, 4, 3)
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=loco.losses.matching_loss("exp"),
         solver=loco.solvers.conjugate_gradient(),
     )
-    with pytest.raises(ValueError, match=r"'layer': conjugate_gradient needs .*'exp'"):
-        solved(tx, params, layer)
+    with pytest.raises(
+        ValueError, match=r"'layer/kernel': conjugate_gradient needs .*'exp'"
+    ):
+        solved(make, params, layer)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ import locoprop_optax as loco
 from tests.helpers import (
     MLP,
     counted,
-    layers,
     problem_of,
     random_layer,
+    random_layers,
     regression,
     solved,
     train_step,
@@ -25,7 +26,8 @@ from tests.helpers import (
 def test_first_order_by_hand():
     params, layer = random_layer(0, 6, 4, 3, "tanh")
     num_steps, rate, floor = 6, 0.02, 0.4
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         target=loco.targets.gradient_descent(0.5),
         regularizer=loco.regularizers.squared_l2(0.3),
         solver=loco.solvers.first_order(
@@ -40,7 +42,7 @@ def test_first_order_by_hand():
         gradient = x.T @ (jnp.tanh(x @ theta) - goal) + 0.3 * (theta - start)
         velocity = 0.9 * velocity + gradient
         theta = theta - rate * max(1 - k / num_steps, floor) * velocity
-    found = solved(tx, params, layer)
+    found = solved(make, params, layer)
     np.testing.assert_allclose(found["kernel"], (start - theta)[:-1], rtol=1e-9)
     np.testing.assert_allclose(found["bias"], (start - theta)[-1], rtol=1e-9)
 
@@ -54,7 +56,7 @@ def test_the_two_forms_of_an_optimizer_differ_in_what_momentum_holds():
         loco.solvers.first_order(optax.rmsprop(0.01, momentum=0.9), 5),
     ]
     first, second = (
-        solved(loco.scale_by_locoprop(solver=solver), params, layer)["kernel"]
+        solved(partial(loco.scale_by_locoprop, solver=solver), params, layer)["kernel"]
         for solver in made
     )
     assert not np.allclose(first, second, rtol=1e-2)
@@ -63,7 +65,7 @@ def test_the_two_forms_of_an_optimizer_differ_in_what_momentum_holds():
         loco.solvers.first_order(optax.adam(0.01), 5),
     ]
     first, second = (
-        solved(loco.scale_by_locoprop(solver=solver), params, layer)["kernel"]
+        solved(partial(loco.scale_by_locoprop, solver=solver), params, layer)["kernel"]
         for solver in plain
     )
     np.testing.assert_allclose(first, second, rtol=1e-5)
@@ -72,11 +74,12 @@ def test_the_two_forms_of_an_optimizer_differ_in_what_momentum_holds():
 @pytest.mark.parametrize("reset", [False, True])
 def test_state_lives_on_unless_reset(reset):
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.scale_by_locoprop(
-        solver=loco.solvers.first_order(optax.adam(0.01), 3, reset=reset)
+        layers, solver=loco.solvers.first_order(optax.adam(0.01), 3, reset=reset)
     )
     state = tx.init(params)
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
     first, new_state = tx.update(grads, state, params, intermediates=intermediates)
     later, _ = tx.update(
         grads,
@@ -105,7 +108,7 @@ def test_first_order_errors(options, error, match):
 
 
 @pytest.mark.usefixtures("float64")
-@given(layers, st.integers(2, 8), st.sampled_from([0.0, 0.4]))
+@given(random_layers, st.integers(2, 8), st.sampled_from([0.0, 0.4]))
 def test_the_gram_form_is_the_same(drawn, num_steps, strength):
     """Where it is chosen follows from the counts of operations."""
     params, layer = random_layer(**drawn)
@@ -137,7 +140,8 @@ def test_the_gram_form_is_only_for_the_squared_loss():
 def test_each_step_has_its_own_slice_of_the_examples():
     params, layer = random_layer(0, 7, 4, 3, "tanh")
     rate = 0.05
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         target=loco.targets.gradient_descent(0.5),
         solver=loco.solvers.first_order(
             optax.sgd(rate), num_steps=5, decay_floor=1.0, local_batch_size=3
@@ -150,7 +154,7 @@ def test_each_step_has_its_own_slice_of_the_examples():
         share = 1 if rows == slice(0, 7) else 7 / 3
         residual = np.tanh(x[rows] @ theta) - goal[rows]
         theta = theta - rate * share * x[rows].T @ residual
-    found = solved(tx, params, layer)
+    found = solved(make, params, layer)
     np.testing.assert_allclose(found["kernel"], (start - theta)[:-1], rtol=1e-9)
 
 
@@ -159,10 +163,11 @@ def test_float32_stays_where_a_schedule_is_float64():
         loss_fn, params, batch = regression(MLP(dtype=jnp.float32))
         params, batch = jax.tree.map(lambda a: a.astype("float32"), (params, batch))
         regularizer = loco.regularizers.squared_l2(lambda c: jnp.float64(1) / (1 + c))
+        layers = loco.layers(loss_fn)(params, batch)
         tx = loco.locoprop_m(
-            optax.cosine_onecycle_schedule(100, 1e-3), regularizer=regularizer
+            layers, optax.cosine_onecycle_schedule(100, 1e-3), regularizer=regularizer
         )
-        step, state = train_step(loss_fn, tx), tx.init(params)
+        step, state = train_step(loss_fn, layers, tx), tx.init(params)
         like = jax.tree.map(lambda leaf: leaf.dtype, state)
         _, state, _ = step(params, state, batch)
         assert jax.tree.map(lambda leaf: leaf.dtype, state) == like
@@ -170,11 +175,14 @@ def test_float32_stays_where_a_schedule_is_float64():
 
 def test_slices_need_examples():
     params, layer = random_layer(0, 7, 4, 3, "tanh")
-    tx = loco.scale_by_locoprop(
-        solver=loco.solvers.first_order(optax.sgd(0.1), 3, local_batch_size=8)
+    make = partial(
+        loco.scale_by_locoprop,
+        solver=loco.solvers.first_order(optax.sgd(0.1), 3, local_batch_size=8),
     )
-    with pytest.raises(ValueError, match=r"Layer 'layer': local_batch_size is 8.* 7\."):
-        solved(tx, params, layer)
+    with pytest.raises(
+        ValueError, match=r"Layer 'layer/kernel': local_batch_size is 8.* 7\."
+    ):
+        solved(make, params, layer)
 
 
 @pytest.mark.usefixtures("float64")
@@ -184,14 +192,15 @@ def test_tolerance_stops_early():
     loss = loco.losses.squared_loss()
 
     def update(num_steps, tolerance=None):
-        tx = loco.scale_by_locoprop(
+        make = partial(
+            loco.scale_by_locoprop,
             loss=loss,
             target=loco.targets.gradient_descent(0.5),
             solver=loco.solvers.first_order(
                 optax.sgd(0.05), num_steps, decay_floor=1.0, tolerance=tolerance
             ),
         )
-        return solved(tx, params, layer)["kernel"]
+        return solved(make, params, layer)["kernel"]
 
     problem = problem_of(params, layer, gamma=0.5, loss=loss)
     first = optax.tree.norm(problem.gradient_at_start())
@@ -210,12 +219,14 @@ def test_tolerance_stops_early():
 @pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"local_batch_size": 2}])
 def test_options_work_for_layers_solved_together(options):
     loss_fn, params, batch = regression(MLP(hidden=3), features=3)  # equal layers
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.locoprop_momentum(
+        layers,
         1.0,
         solver=loco.solvers.first_order(optax.sgd(0.02), 4, **options),
         momentum=None,
     )
-    step, traces = counted(train_step(loss_fn, tx))
+    step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)
     start = loss_fn(params, batch)
     for _ in range(30):

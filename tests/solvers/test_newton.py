@@ -1,4 +1,4 @@
-from dataclasses import replace
+from functools import partial
 
 import chex
 import flax.linen as nn
@@ -9,15 +9,15 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from locoprop_optax._linear_maps import Product
-from tests.helpers import problem_of, random_layer, solved
+from tests.helpers import layers_for, problem_of, random_layer, solved
 
 
 @pytest.mark.usefixtures("float64")
 def test_damping_is_relative_to_the_mean_eigenvalue():
     params, layer = random_layer(0, 6, 4, 3, "sigmoid", bias=False)
     problem = problem_of(params, layer, gamma=0.5)
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         target=loco.targets.gradient_descent(0.5),
         solver=loco.solvers.majorized_newton(num_steps=1, damping=0.2),
     )
@@ -25,16 +25,18 @@ def test_damping_is_relative_to_the_mean_eigenvalue():
     bound = 0.25 * np.mean(np.linalg.eigvalsh(gram))
     hessian = 0.25 * gram + 0.2 * bound * jnp.eye(4)
     expected = jnp.linalg.solve(hessian, problem.gradient_at_start()["kernel"])
-    np.testing.assert_allclose(solved(tx, params, layer)["kernel"], expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        solved(make, params, layer)["kernel"], expected, rtol=1e-9
+    )
 
 
 def test_majorized_newton_needs_a_bound():
     params, layer = random_layer(0, 6, 4, 3)
-    tx = loco.scale_by_locoprop(loss=loco.losses.matching_loss(jnp.sin))
+    make = partial(loco.scale_by_locoprop, loss=loco.losses.matching_loss(jnp.sin))
     with pytest.raises(
         ValueError, match=r"bound on the curvature of .*'sin'.*identity"
     ):
-        solved(tx, params, layer)
+        solved(make, params, layer)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,8 @@ def test_majorized_newton_errors(options, error, match):
 @pytest.mark.usefixtures("float64")
 def test_exact_is_foof():
     params, layer = random_layer(0, 6, 4, 3, "tanh")
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=loco.losses.squared_loss(),
         target=loco.targets.gradient_descent(0.7),
         solver=loco.solvers.exact(damping=0.2),
@@ -63,16 +66,16 @@ def test_exact_is_foof():
     gram = x.T @ x
     damped = gram + 0.2 * np.trace(gram) / 5 * np.eye(5)
     expected = 0.7 * np.linalg.solve(damped, x.T @ layer.cotangents)
-    found = solved(tx, params, layer)
+    found = solved(make, params, layer)
     np.testing.assert_allclose(found["kernel"], expected[:-1], rtol=1e-9)
     np.testing.assert_allclose(found["bias"], expected[-1], rtol=1e-9)
 
 
 def test_exact_solves_the_squared_loss_only():
     params, layer = random_layer(0, 6, 4, 3, "tanh")
-    tx = loco.scale_by_locoprop(solver=loco.solvers.exact(0.1))
+    make = partial(loco.scale_by_locoprop, solver=loco.solvers.exact(0.1))
     with pytest.raises(ValueError, match=r"exact solves the squared loss, not .*tanh"):
-        solved(tx, params, layer)
+        solved(make, params, layer)
 
 
 @pytest.mark.parametrize("make", ["majorized_newton", "exact"])
@@ -83,12 +86,13 @@ def test_curvature_averaged_over_batches(make):
         "majorized_newton": loco.solvers.majorized_newton(1, 0.1, ema=ema),
         "exact": loco.solvers.exact(0.1, ema=ema),
     }[make]
+    params, _ = random_layer(0, 6, 4, 3)
     tx = loco.scale_by_locoprop(
+        layers_for({"layer": params}),
         loss=loco.losses.squared_loss(),
         target=loco.targets.gradient_descent(0.7),
         solver=solver,
     )
-    params, _ = random_layer(0, 6, 4, 3)
     state = tx.init({"layer": params})
     for k in range(3):
         n = 6 + k
@@ -97,7 +101,7 @@ def test_curvature_averaged_over_batches(make):
             {"layer": dict(layer.gradient)},
             state,
             {"layer": params},
-            intermediates=loco.Intermediates({"layer": layer}),
+            intermediates=loco.Intermediates({"layer/kernel": layer}),
         )
         x = np.c_[layer.inputs, np.ones(n)]
         average = ema * average + (1 - ema) * x.T @ x / n
@@ -107,18 +111,38 @@ def test_curvature_averaged_over_batches(make):
         np.testing.assert_allclose(updates["layer"]["kernel"], expected[:-1], rtol=1e-8)
 
 
+def update_of_product(spec, x, kernel, solver):
+    """A step on a loss with one product, given as einsum writes it."""
+    params = {"layer": kernel}
+
+    def loss_fn(params):
+        return jnp.sum(jnp.einsum(spec, x, params["layer"]) ** 2)
+
+    layers = loco.layers(loss_fn)(params)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    tx = loco.scale_by_locoprop(layers, solver=solver)
+    return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
+
+
+@pytest.mark.usefixtures("float64")
+def test_ema_of_a_kernel_that_is_used_transposed():
+    params, layer = random_layer(0, 6, 4, 3)
+    x, kernel = layer.inputs, params["kernel"]
+    solver = loco.solvers.majorized_newton(1, ema=0.5)
+    straight = update_of_product("ni,io->no", x, kernel, solver)
+    swapped = update_of_product("ni,oi->no", x, kernel.T, solver)
+    np.testing.assert_allclose(swapped["layer"].T, straight["layer"], rtol=1e-9)
+
+
 def test_ema_refuses_what_it_cannot_hold():
-    _, layer = random_layer(0, 6, 4, 3, bias=False)
-    params = {"kernel": jnp.zeros((3, 4))}
-    swapped = replace(layer, gradient=dict(params), linear_map=Product("...i,oi->...o"))
-    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(1, ema=0.5))
-    match = r"Layer 'layer': `ema` has a state .*\(1, 3, 3\).* \(1, 4, 4\)"
+    solver = loco.solvers.majorized_newton(1, ema=0.5)
+    match = r"Layer 'layer': `ema` has a state .*\(1, 12, 12\).* \(1, 4, 4\)"
     with pytest.raises(ValueError, match=match):
-        solved(tx, params, swapped)
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
-    stack = replace(stack, stack_dims=1)
+        update_of_product("ni,iho->nho", jnp.ones((6, 4)), jnp.ones((4, 3, 2)), solver)
     with pytest.raises(ValueError, match=r"Layer 'layer' is a stack.*ema=0.0"):
-        solved(tx, {"kernel": jnp.zeros((2, 4, 3))}, stack)
+        update_of_product(
+            "lni,lio->lno", jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)), solver
+        )
     with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
         loco.solvers.majorized_newton(1, ema=1.0)
     with pytest.raises(ValueError, match=r"ema=0.5 needs num_steps=1, got 2"):
@@ -131,7 +155,8 @@ def test_curvature_of_every_third_example(num_steps):
     """Many steps work on the whole batch, for which the part is a preconditioner."""
     params, layer = random_layer(0, 17, 4, 3)
     problem = problem_of(params, layer, gamma=0.7, loss=loco.losses.squared_loss())
-    tx = loco.scale_by_locoprop(
+    make = partial(
+        loco.scale_by_locoprop,
         loss=loco.losses.squared_loss(),
         target=loco.targets.gradient_descent(0.7),
         solver=loco.solvers.majorized_newton(num_steps, 0.5, stride=3),
@@ -146,7 +171,7 @@ def test_curvature_of_every_third_example(num_steps):
     for _ in range(num_steps):
         residual = gradient + (x.T @ x + strength * np.eye(5)) @ step
         step -= np.linalg.solve(curvature + strength * np.eye(5), residual)
-    found = solved(tx, params, layer)
+    found = solved(make, params, layer)
     np.testing.assert_allclose(found["kernel"], -step[:-1], rtol=1e-8)
     np.testing.assert_allclose(found["bias"], -step[-1], rtol=1e-8)
 
@@ -157,7 +182,7 @@ def test_curvature_has_as_many_rows_as_columns():
 
     def step(stride):
         solver = loco.solvers.majorized_newton(1, 0.1, stride=stride)
-        return solved(loco.scale_by_locoprop(solver=solver), params, layer)
+        return solved(partial(loco.scale_by_locoprop, solver=solver), params, layer)
 
     chex.assert_trees_all_close(step(9), step(2), rtol=1e-12)
     assert not np.allclose(step(2)["kernel"], step(1)["kernel"])
@@ -174,8 +199,10 @@ def test_curvature_of_every_second_image():
         def loss_fn(params):
             return jnp.sum(weights * model.apply({"params": params}, x) ** 2)
 
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+        layers = loco.layers(loss_fn)(params)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
         tx = loco.scale_by_locoprop(
+            layers,
             target=loco.targets.gradient_descent(1.0),
             solver=loco.solvers.majorized_newton(1, 0.1, stride=stride),
         )
@@ -188,13 +215,10 @@ def test_curvature_of_every_second_image():
 
 
 def test_stride_refuses_an_axis_that_counts_no_examples():
-    _, layer = random_layer(0, 6, 4, 3, bias=False)
-    params = {"kernel": jnp.zeros((6, 4, 3))}
-    batched = replace(layer, gradient=dict(params), linear_map=Product("bi,bio->bo"))
-    tx = loco.scale_by_locoprop(solver=loco.solvers.majorized_newton(stride=2))
-    match = r"Layer 'layer': stride takes entries of the first axis.*'bi,bio->bo'"
+    solver = loco.solvers.majorized_newton(stride=2)
+    match = r"Layer 'layer': stride takes entries of the first axis.*shape \(4,\)"
     with pytest.raises(ValueError, match=match):
-        solved(tx, params, batched)
+        update_of_product("bi,bio->bo", jnp.ones((6, 4)), jnp.ones((6, 4, 3)), solver)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -203,13 +227,15 @@ def test_an_inverse_that_rounding_spoils_gets_more_damping(transfer, bias):
     params, layer = random_layer(0, 5, 40, 3, transfer, bias=bias)
     solver = loco.solvers.majorized_newton(num_steps=2, damping=0.0)
     target = loco.targets.gradient_descent(0.1)
-    tx = loco.scale_by_locoprop(target=target, solver=solver, diagnostics=True)
-    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+    tree, intermediates = {"layer": params}, loco.Intermediates({"layer/kernel": layer})
+    tx = loco.scale_by_locoprop(
+        layers_for(tree), target=target, solver=solver, diagnostics=True
+    )
     state = tx.init(tree)
     for count in (1, 2):  # five examples of forty inputs: the curvature is singular
         step, state = tx.update(tree, state, tree, intermediates=intermediates)
         assert state.solver.raised_damping == count
-    seen = loco.diagnostics_of(state)["layer"]
+    seen = loco.diagnostics_of(state)["layer/kernel"]
     assert np.isfinite(
         np.concatenate([s.ravel() for s in step["layer"].values()])
     ).all()
@@ -219,9 +245,9 @@ def test_an_inverse_that_rounding_spoils_gets_more_damping(transfer, bias):
 @pytest.mark.usefixtures("float64")
 def test_damping_that_suffices_is_not_raised():
     params, layer = random_layer(0, 5, 40, 3, "tanh")
-    tree, intermediates = {"layer": params}, loco.Intermediates({"layer": layer})
+    tree, intermediates = {"layer": params}, loco.Intermediates({"layer/kernel": layer})
     for damping in (1e-5, 0.1):
         solver = loco.solvers.majorized_newton(damping=damping)
-        tx = loco.scale_by_locoprop(solver=solver)
+        tx = loco.scale_by_locoprop(layers_for(tree), solver=solver)
         _, state = tx.update(tree, tx.init(tree), tree, intermediates=intermediates)
         assert state.solver.raised_damping == 0

@@ -35,15 +35,17 @@ def loops(jaxpr):
 def traced(model, x, solver):
     """The trace of a step with a solver."""
     params = model.init(jax.random.key(0), x)
-    tx = loco.scale_by_locoprop(
-        solver=solver, regularizer=loco.regularizers.squared_l2(1.0)
-    )
 
     def loss_fn(params):
         return jnp.mean(model.apply(params, x) ** 2)
 
+    layers = loco.layers(loss_fn)(params)
+    tx = loco.scale_by_locoprop(
+        layers, solver=solver, regularizer=loco.regularizers.squared_l2(1.0)
+    )
+
     def step(params, state):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
         return tx.update(grads, state, params, intermediates=intermediates)
 
     return jax.make_jaxpr(step)(params, tx.init(params)).jaxpr

@@ -135,6 +135,52 @@ def test_the_globs_of_the_error_exclude():
     assert len(loco.layers(loss_fn, exclude=globs)(params).layers) == 1
 
 
+def test_a_batch_of_one_is_no_kernel():
+    """What is computed from a parameter and an activation is an activation."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="first")(x)
+            x = x + self.param("positions", nn.initializers.normal(), (6, 8))
+            x = nn.LayerNorm(name="norm")(x)
+            return nn.Dense(2, name="last")(x)
+
+    loss_fn, params = loss_of(Model(), jnp.ones((1, 6, 3)))
+    layers = loco.layers(loss_fn)(params)
+    assert [layer.path for layer in layers] == ["first/kernel", "last/kernel"]
+    assert dict(layers.others)["positions"] == "added"
+    assert "multiplied" in dict(layers.others)["norm/scale"]
+
+
+def test_a_pattern_that_fits_nothing():
+    loss_fn, params, batch = regression()
+    with pytest.raises(ValueError, match="exclude='head' fits no parameter"):
+        loco.layers(loss_fn, exclude="head")(params, batch)
+
+
+def test_layers_of_a_numpy_batch_are_those_of_any_other():
+    loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, jax.tree.map(np.asarray, batch))
+    assert layers == loco.layers(loss_fn)(params, batch)
+    tx = loco.locoprop(layers)
+
+    @jax.jit
+    def step(params, state, batch):
+        capture = loco.value_and_grad(loss_fn, layers)
+        _, grads, intermediates = capture(params, batch)
+        return tx.update(grads, state, params, intermediates=intermediates)
+
+    step(params, tx.init(params), batch)
+
+
+def test_something_else_than_layers():
+    with pytest.raises(
+        TypeError, match=r"must be the layers of the loss.*got function"
+    ):
+        loco.value_and_grad(lambda p: p, loco.layers(lambda p: p))
+
+
 def test_nothing_found_says_what_was_looked_at():
     params = {"scale": jnp.ones(6), "idle": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match="No layer was found") as error:
@@ -237,7 +283,7 @@ def test_what_is_printed():
         "no layer  why",
         "idle      the loss does not depend on it",
         "",
-        "curvature: the loss is convex in outputs of shape 8×3 (by identity)",
+        "curvature: the loss is convex in outputs of shape 8×3 (squared error)",
     ]
 
 

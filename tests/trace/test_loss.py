@@ -306,7 +306,8 @@ def cut_in(traced):
 
 def outputs_of(traced):
     """The shapes at the cut, and the transfer functions there."""
-    shapes = [traced.graph.avals[n].shape for n in cut_in(traced).values]
+    graph = traced.graph
+    shapes = [graph.avals[graph.places[v]].shape for v in cut_in(traced).values]
     return shapes, [t and t.name for t in cut_in(traced).transfers]
 
 
@@ -378,7 +379,7 @@ def test_a_soft_cap_moves_the_cut_behind_it():
     traced = cut_of(lambda p: soft_capped(model_fn(p)), PARAMS)
     assert outputs_of(traced) == ([(12, 3)], ["softmax"])
     plain = cut_of(lambda p: classes(model_fn(p)), PARAMS)
-    assert cut_in(traced).values[0] > plain.cut.values[0]
+    assert cut_in(traced).values[0] > cut_in(plain).values[0]
 
 
 def test_a_learned_temperature_is_before_the_cut():
@@ -411,7 +412,7 @@ def test_a_bias_that_is_added_apart_is_behind_the_cut_or_before_it():
 def test_a_loss_that_is_nowhere_curved_upwards_has_no_curvature(loss_fn):
     params = {"w": jax.random.normal(jax.random.key(0), (5, 3))}
     traced = cut_of(loss_fn, params)
-    assert cut_in(traced).values == traced.graph.results[:1]
+    assert cut_in(traced).values == ()
     _, grads, intermediates = capture(loss_fn)(params)
     assert intermediates.sampled() is intermediates
     tx = loco.locoprop(loco.layers(loss_fn)(params), trust_region=None)

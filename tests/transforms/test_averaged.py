@@ -17,9 +17,9 @@ from tests.helpers import regression, train_step
 SHARDS, OPTIMIZERS = (
     4,
     {
-        "locoprop": (loco.locoprop, True),
-        "locoprop_momentum": (loco.locoprop_momentum, False),
-        "locoprop_m": (partial(loco.locoprop_m, 1e-3, num_local_steps=3), False),
+        "locoprop": loco.locoprop,
+        "locoprop_momentum": loco.locoprop_momentum,
+        "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-3, num_local_steps=3),
     },
 )
 
@@ -37,16 +37,17 @@ def sharded(step, mesh):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_step_is_the_mean_of_the_shards_own(name, mesh):
-    make, curvature = OPTIMIZERS[name]
     loss_fn, params, batch = regression(batch=16)
-    alone = jax.jit(train_step(loss_fn, make(), curvature))
-    state = make().init(params)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = OPTIMIZERS[name](layers)
+    alone = jax.jit(train_step(loss_fn, layers, tx))
+    state = tx.init(params)
     parts = zip(*(jnp.split(array, SHARDS) for array in batch), strict=True)
     reached = [alone(params, state, part) for part in parts]
     mean = jax.tree.map(
         lambda *leaves: np.mean(leaves, axis=0).astype(leaves[0].dtype), *reached
     )
-    step = sharded(train_step(loss_fn, loco.averaged(make(), "data"), curvature), mesh)
+    step = sharded(train_step(loss_fn, layers, loco.averaged(tx, "data")), mesh)
     batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     moved, new_state, _ = step(params, state, batch)
     chex.assert_trees_all_close(moved, mean[0], rtol=1e-4, atol=1e-5)
@@ -57,9 +58,10 @@ def test_the_step_is_the_mean_of_the_shards_own(name, mesh):
 
 def test_numbers_are_reduced_once(mesh):
     loss_fn, params, batch = regression(batch=16)
-    tx = loco.averaged(loco.locoprop_m(1e-3), "data")
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.averaged(loco.locoprop_m(layers, 1e-3), "data")
     batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    step = sharded(train_step(loss_fn, tx, False), mesh)
+    step = sharded(train_step(loss_fn, layers, tx), mesh)
     program = step.lower(params, tx.init(params), batch).compile().as_text()
     reductions = re.findall(r"= (.*) all-reduce(?:-start)?\(", program)
     assert sum("f32" in reduced for reduced in reductions) == 1
@@ -69,10 +71,11 @@ def test_numbers_are_reduced_once(mesh):
 
 def test_counters_of_shards_agree(mesh):
     loss_fn, params, (x, y) = regression(batch=16)
-    tx = loco.averaged(loco.locoprop_momentum(), "data")
+    layers = loco.layers(loss_fn)(params, (x, y))
+    tx = loco.averaged(loco.locoprop_momentum(layers), "data")
     broken = (x.at[5, 0].set(jnp.nan), y)
     broken = jax.device_put(broken, NamedSharding(mesh, PartitionSpec("data")))
-    step = sharded(train_step(loss_fn, tx, False), mesh)
+    step = sharded(train_step(loss_fn, layers, tx), mesh)
     moved, state, _ = step(params, tx.init(params), broken)
     chex.assert_tree_all_finite(moved)
     skipped = optax.tree.get(state, "skipped_steps")

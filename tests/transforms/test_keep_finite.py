@@ -14,10 +14,10 @@ import locoprop_optax as loco
 from tests.helpers import MLP, regression, train_step
 
 OPTIMIZERS = {
-    "locoprop": (loco.locoprop, True),
-    "locoprop_momentum": (loco.locoprop_momentum, False),
-    "locoprop_m": (functools.partial(loco.locoprop_m, 1e-4), False),
-    "locoprop_s": (functools.partial(loco.locoprop_s, 1e-4), False),
+    "locoprop": loco.locoprop,
+    "locoprop_momentum": loco.locoprop_momentum,
+    "locoprop_m": functools.partial(loco.locoprop_m, learning_rate=1e-4),
+    "locoprop_s": functools.partial(loco.locoprop_s, learning_rate=1e-4),
 }
 
 
@@ -32,10 +32,10 @@ class Normed(nn.Module):
 
 @functools.cache
 def stepper(name, rows=8, model=None):
-    make, curvature = OPTIMIZERS[name]
     loss_fn, params, batch = regression(model or Normed(), batch=rows)
-    tx = make()
-    step = jax.jit(train_step(loss_fn, tx, curvature))
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = OPTIMIZERS[name](layers)
+    step = jax.jit(train_step(loss_fn, layers, tx))
     return step, params, tx.init(params), batch
 
 
@@ -69,7 +69,6 @@ def test_a_bad_number_in_a_batch_skips_the_step(name, part, bad):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bad_number_that_the_loss_does_not_see_skips_the_step(name):
     """A masked example: the loss is finite, the gradient of the layers is not."""
-    make, curvature = OPTIMIZERS[name]
     model = MLP()
     x = jax.random.normal(jax.random.key(0), (8, 4))
     params = model.init(jax.random.key(1), x)["params"]
@@ -79,9 +78,10 @@ def test_a_bad_number_that_the_loss_does_not_see_skips_the_step(name):
         outputs = jnp.where(batch[1], outputs, 0.0)
         return jnp.mean(jnp.sum((outputs - 1.0) ** 2, axis=-1))
 
-    tx = make()
-    step = jax.jit(train_step(loss_fn, tx, curvature))
     everything = jnp.ones((8, 1), bool)
+    layers = loco.layers(loss_fn)(params, (x, everything))
+    tx = OPTIMIZERS[name](layers)
+    step = jax.jit(train_step(loss_fn, layers, tx))
     params, state, _ = step(params, tx.init(params), (x, everything))
     hidden = (x.at[3, 1].set(jnp.inf), everything.at[3].set(False))
     kept, after, loss = step(params, state, hidden)
@@ -138,13 +138,14 @@ def test_dead_units_stay_where_they_are(name):
 
 @pytest.mark.parametrize("name", ["locoprop_momentum", "locoprop_m"])
 def test_a_hundred_thousand_steps(name):
-    make, _ = OPTIMIZERS[name]
     loss_fn, params, batch = regression(MLP(hidden=2), batch=4)
-    tx = make()
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = OPTIMIZERS[name](layers)
+    capture = loco.value_and_grad(loss_fn, layers)
 
     def body(carry, _):
         params, state = carry
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        _, grads, intermediates = capture(params, batch)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return (optax.apply_updates(params, updates), state), None
 
@@ -173,18 +174,20 @@ def test_counters_stop_at_their_end():
 
 def test_a_target_outside_the_range_of_its_transfer_function():
     loss_fn, params, batch = regression(MLP())
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.keep_finite(
         optax.chain(
             loco.scale_by_locoprop(
+                layers,
                 target=loco.targets.gradient_descent(3.0),
                 solver=loco.solvers.majorized_newton(20, 0.1),
             ),
             optax.scale(-0.1),
         )
     )
-    state = tx.init(params)
+    capture, state = loco.value_and_grad(loss_fn, layers), tx.init(params)
     for _ in range(20):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        _, grads, intermediates = capture(params, batch)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         params = optax.apply_updates(params, updates)
     assert_finite(params)

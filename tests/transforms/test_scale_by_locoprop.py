@@ -11,7 +11,14 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, random_layer, regression, train_step
+from tests.helpers import (
+    MLP,
+    layers_for,
+    random_layer,
+    regression,
+    solved,
+    train_step,
+)
 
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05),
@@ -29,15 +36,17 @@ BLOCKS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_local_step_trains_as_backprop_does(name, loss):
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = optax.chain(
         loco.scale_by_locoprop(
+            layers,
             loss=getattr(loco.losses, loss)(),
             target=loco.targets.gradient_descent(1.0),
             solver=loco.solvers.first_order(OPTIMIZERS[name], num_steps=1),
         ),
         optax.scale(-1.0),
     )
-    step = jax.jit(train_step(loss_fn, tx))
+    step = jax.jit(train_step(loss_fn, layers, tx))
     state, reference = tx.init(params), OPTIMIZERS[name]
     expected, reference_state = params, reference.init(params)
     for _ in range(5):
@@ -55,8 +64,9 @@ def test_one_local_step_trains_as_backprop_does(name, loss):
 def test_step_is_traced_once(block):
     chex.clear_trace_counter()
     loss_fn, params, batch = regression()
-    tx = loco.scale_by_locoprop(solver=BLOCKS[block])
-    step = jax.jit(chex.assert_max_traces(train_step(loss_fn, tx), n=1))
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.scale_by_locoprop(layers, solver=BLOCKS[block])
+    step = jax.jit(chex.assert_max_traces(train_step(loss_fn, layers, tx), n=1))
     state = tx.init(params)
     for _ in range(3):
         params, state, _ = step(params, state, batch)
@@ -66,24 +76,26 @@ def test_step_is_traced_once(block):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: loco.locoprop_momentum(),
-        lambda: loco.locoprop_m(1e-3),
-        lambda: loco.locoprop_s(1e-3),
-        *(lambda s=s: loco.scale_by_locoprop(solver=s) for s in BLOCKS.values()),
+        loco.locoprop_momentum,
+        partial(loco.locoprop_m, learning_rate=1e-3),
+        partial(loco.locoprop_s, learning_rate=1e-3),
+        *(partial(loco.scale_by_locoprop, solver=s) for s in BLOCKS.values()),
     ],
 )
 def test_dtypes_and_structures_are_stable(make, dtype):
     with jax.enable_x64(dtype == "float64"):
-        assert_stable(make(), jnp.dtype(dtype))
+        assert_stable(make, jnp.dtype(dtype))
 
 
-def assert_stable(tx, dtype):
+def assert_stable(make, dtype):
     loss_fn, params, batch = regression(MLP(dtype=dtype, param_dtype=dtype))
     batch = jax.tree.map(lambda a: a.astype(dtype), batch)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = make(layers)
     state = tx.init(params)
 
     def update(params, state, batch):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
         return tx.update(grads, state, params, intermediates=intermediates)
 
     updates, new_state = jax.jit(update)(params, state, batch)
@@ -94,8 +106,9 @@ def assert_stable(tx, dtype):
 
 def test_step_runs_in_a_scan_with_donated_buffers():
     loss_fn, params, batch = regression()
-    tx = loco.locoprop_momentum()
-    step = train_step(loss_fn, tx)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.locoprop_momentum(layers)
+    step = train_step(loss_fn, layers, tx)
 
     def epoch(params, state):
         def body(carry, _):
@@ -110,15 +123,16 @@ def test_step_runs_in_a_scan_with_donated_buffers():
 
 def test_chain_of_the_design():
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = optax.chain(
         loco.scale_by_locoprop(
-            solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1)
+            layers, solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1)
         ),
         optax.trace(decay=0.9),
         optax.add_decayed_weights(1e-4),
         optax.scale_by_learning_rate(optax.linear_schedule(0.2, 0.0, 30)),
     )
-    step, state = jax.jit(train_step(loss_fn, tx)), tx.init(params)
+    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     for _ in range(30):
         params, state, loss = step(params, state, batch)
     assert loss < 0.5 * loss_fn(regression()[1], batch)
@@ -126,17 +140,19 @@ def test_chain_of_the_design():
 
 def test_hyperparameters_take_schedules():
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
 
     def schedule(value):
         return optax.constant_schedule(value)
 
     def run(of):
         tx = loco.scale_by_locoprop(
+            layers,
             target=loco.targets.normalized(of(0.1)),
             regularizer=loco.regularizers.squared_l2(of(0.2)),
             solver=loco.solvers.majorized_newton(damping=of(0.3)),
         )
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
         state = tx.init(params)
         return tx.update(grads, state, params, intermediates=intermediates)[0]
 
@@ -145,8 +161,9 @@ def test_hyperparameters_take_schedules():
 
 def test_unknown_extra_arguments_are_ignored():
     loss_fn, params, batch = regression()
-    tx = loco.scale_by_locoprop()
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.scale_by_locoprop(layers)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
     tx.update(grads, tx.init(params), params, intermediates=intermediates, value=1.0)
 
 
@@ -164,27 +181,30 @@ SOLVERS = {
 def test_equal_layers_are_solved_as_one_by_one(solver, stacked):
     params, layer = random_layer(0, 6, 4, 3, "tanh")
     other_params, other = random_layer(1, 6, 4, 3, "tanh")
-    tx = loco.scale_by_locoprop(solver=SOLVERS[solver], stack_layers=stacked)
 
-    def update(layers, params):
+    def update(records, params):
+        tx = loco.scale_by_locoprop(
+            layers_for(params), solver=SOLVERS[solver], stack_layers=stacked
+        )
         grads, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
-        intermediates = loco.Intermediates(layers)
+        intermediates = loco.Intermediates(records)
         for _ in range(2):
             updates, state = tx.update(
                 grads, state, params, intermediates=intermediates
             )
         return updates
 
-    both = update({"a": layer, "b": other}, {"a": params, "b": other_params})
+    records = {"a/kernel": layer, "b/kernel": other}
+    both = update(records, {"a": params, "b": other_params})
     one, two = (
-        update({"a": layer}, {"a": params}),
-        update({"b": other}, {"b": other_params}),
+        update({"a/kernel": layer}, {"a": params}),
+        update({"b/kernel": other}, {"b": other_params}),
     )
     chex.assert_trees_all_close(both, {**one, **two}, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "make", [loco.locoprop_momentum, partial(loco.locoprop_m, 1e-3)]
+    "make", [loco.locoprop_momentum, partial(loco.locoprop_m, learning_rate=1e-3)]
 )
 def test_stacking_shares_products_and_changes_no_number(make):
     class Deep(nn.Module):
@@ -195,14 +215,13 @@ def test_stacking_shares_products_and_changes_no_number(make):
             return nn.Dense(3)(x)
 
     loss_fn, params, batch = regression(Deep())
+    layers = loco.layers(loss_fn)(params, batch)
     found, products = {}, {}
     for stacked in (True, False):
-        tx = make(stack_layers=stacked)
-        step = jax.jit(train_step(loss_fn, tx))
-        found[stacked] = step(params, tx.init(params), batch)
-        text = str(
-            jax.make_jaxpr(train_step(loss_fn, tx))(params, tx.init(params), batch)
-        )
+        tx = make(layers, stack_layers=stacked)
+        step, state = train_step(loss_fn, layers, tx), tx.init(params)
+        found[stacked] = jax.jit(step)(params, state, batch)
+        text = str(jax.make_jaxpr(step)(params, state, batch))
         products[stacked] = text.count("dot_general")
     chex.assert_trees_all_close(found[True], found[False], rtol=1e-5, atol=1e-7)
     assert products[True] < products[False]
@@ -210,10 +229,11 @@ def test_stacking_shares_products_and_changes_no_number(make):
 
 def test_precision_is_that_of_the_solver_alone():
     loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
 
     def precisions(solver):
-        tx = loco.scale_by_locoprop(solver=solver, precision="BF16_BF16_F32")
-        step = train_step(loss_fn, tx)
+        tx = loco.scale_by_locoprop(layers, solver=solver, precision="BF16_BF16_F32")
+        step = train_step(loss_fn, layers, tx)
         jaxpr = jax.make_jaxpr(step)(params, tx.init(params), batch)
         return [str(eqn.params["precision"]) for eqn in products_of(jaxpr.jaxpr)]
 
@@ -236,28 +256,36 @@ def test_precision_is_that_of_the_solver_alone():
 
 def test_unknown_precision():
     loss_fn, params, batch = regression()
-    tx = loco.scale_by_locoprop(precision="float7")
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.scale_by_locoprop(layers, precision="float7")
     with pytest.raises(ValueError, match="float7"):
-        train_step(loss_fn, tx)(params, tx.init(params), batch)
+        train_step(loss_fn, layers, tx)(params, tx.init(params), batch)
 
 
 def test_stacked_layers_are_solved_each_on_its_own():
     members = [random_layer(seed, 6, 4, 3, "relu") for seed in range(3)]
-    tx = loco.scale_by_locoprop()
 
-    def update(params, layer):
-        params = {"a": params}
+    def batched(params):
+        def outputs(layer, x):
+            return x @ layer["kernel"] + layer["bias"]
+
+        return jnp.sum(jax.vmap(outputs)(params["a"], jnp.ones((3, 6, 4))))
+
+    def update(layers, params, layer):
+        tx = loco.scale_by_locoprop(layers)
+        params, intermediates = {"a": params}, loco.Intermediates({"a/kernel": layer})
         grads, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
         for _ in range(2):
             updates, state = tx.update(
-                grads, state, params, intermediates=loco.Intermediates({"a": layer})
+                grads, state, params, intermediates=intermediates
             )
         return updates["a"]
 
     params, layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    stacked = update(params, replace(layer, stack_dims=1))
-    for i, member in enumerate(members):
-        expected = update(*member)
+    layers = loco.layers(batched)({"a": params})
+    stacked = update(layers, params, replace(layer, stack_dims=1))
+    for i, (params, layer) in enumerate(members):
+        expected = update(layers_for({"a": params}), params, layer)
         for name, u in expected.items():
             np.testing.assert_allclose(stacked[name][i], u, rtol=1e-4, atol=1e-6)
 
@@ -265,14 +293,10 @@ def test_stacked_layers_are_solved_each_on_its_own():
 def test_targets_of_the_user_are_used():
     params, layer = random_layer(0, 6, 4, 3, "tanh")
     goal = jnp.tanh(layer.preactivations) - 0.05 * layer.cotangents
-    tx = loco.scale_by_locoprop(target=loco.targets.gradient_descent(0.05))
-    results = []
-    for la in (layer, replace(layer, targets=goal, cotangents=7 * layer.cotangents)):
-        tree = {"a": params}
-        intermediates = loco.Intermediates({"a": la})
-        results.append(
-            tx.update(tree, tx.init(tree), tree, intermediates=intermediates)[0]
-        )
+    aimed = replace(layer, targets=goal, cotangents=7 * layer.cotangents)
+    target = loco.targets.gradient_descent(0.05)
+    make = partial(loco.scale_by_locoprop, target=target)
+    results = (solved(make, params, la) for la in (layer, aimed))
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
 
 
@@ -281,10 +305,11 @@ def test_a_layer_with_a_masked_bias_moves_its_kernel():
     labels = jax.tree.map_with_path(
         lambda path, _: "free" if path[-1].key == "kernel" else "fixed", params
     )
+    layers = loco.layers(loss_fn)(params, batch)
     tx = optax.partition(
-        {"free": loco.scale_by_locoprop(), "fixed": optax.set_to_zero()}, labels
+        {"free": loco.scale_by_locoprop(layers), "fixed": optax.set_to_zero()}, labels
     )
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
     for name in ("first", "second"):
         assert float(jnp.max(jnp.abs(updates[name]["kernel"]))) > 0
@@ -295,10 +320,11 @@ class TestErrors:
     @pytest.fixture
     def made(self):
         loss_fn, params, batch = regression()
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
-        tx = loco.scale_by_locoprop()
+        layers = loco.layers(loss_fn)(params, batch)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
 
-        def update(intermediates, tx=tx, params=params):
+        def update(intermediates, layers=layers):
+            tx = loco.scale_by_locoprop(layers)
             state = tx.init(params)
             return tx.update(grads, state, params, intermediates=intermediates)
 
@@ -306,7 +332,9 @@ class TestErrors:
 
     def test_missing_intermediates(self, made):
         update, *_ = made
-        with pytest.raises(TypeError, match=r"locoprop_optax.linen.value_and_grad"):
+        with pytest.raises(
+            TypeError, match=r"locoprop_optax.value_and_grad\(loss_fn, layers"
+        ):
             update(None)
 
     def test_other_object(self, made):
@@ -316,83 +344,118 @@ class TestErrors:
 
     def test_missing_params(self, made):
         _, params, intermediates = made
-        tx = loco.scale_by_locoprop()
+        tx = loco.scale_by_locoprop(layers_for(params))
         with pytest.raises(TypeError, match="needs `params`"):
             tx.update(params, tx.init(params), intermediates=intermediates)
 
-    def test_path_not_in_params(self, made):
+    @pytest.mark.parametrize(
+        "make",
+        [
+            loco.scale_by_locoprop,
+            loco.locoprop,
+            loco.locoprop_momentum,
+            partial(loco.locoprop_m, learning_rate=1e-3),
+            partial(loco.locoprop_s, learning_rate=1e-3),
+        ],
+    )
+    def test_something_else_in_place_of_layers(self, make):
+        with pytest.raises(TypeError, match=r"must be the layers of .*, got float"):
+            make(0.1)
+
+    def test_record_of_no_layer(self, made):
         update, _, intermediates = made
-        layers = {**intermediates.layers, "third": intermediates.layers["first"]}
-        with pytest.raises(ValueError, match=r"'third', which is not in the param"):
-            update(loco.Intermediates(layers))
+        records = intermediates.layers
+        records = {**records, "third/kernel": records["first/kernel"]}
+        with pytest.raises(ValueError, match=r"'third/kernel', which is none of the"):
+            update(loco.Intermediates(records))
 
     def test_layer_without_record(self, made):
         update, _, intermediates = made
-        layers = {"first": intermediates.layers["first"]}
-        with pytest.raises(ValueError, match=r"'second' owns a kernel.*`exclude=`"):
-            update(loco.Intermediates(layers))
+        records = {"first/kernel": intermediates.layers["first/kernel"]}
+        with pytest.raises(ValueError, match=r"no record of layer 'second/kernel'"):
+            update(loco.Intermediates(records))
 
     def test_excluded_layer_needs_no_record(self, made):
-        update, _, intermediates = made
-        layers = {"first": intermediates.layers["first"]}
-        update(loco.Intermediates(layers), tx=loco.scale_by_locoprop(exclude="sec*"))
+        update, params, intermediates = made
+        records = {"first/kernel": intermediates.layers["first/kernel"]}
+        update(loco.Intermediates(records), layers_for({"first": params["first"]}))
 
-    def test_record_of_a_layer_that_is_not_local(self, made):
+    def test_layer_that_the_parameters_do_not_hold(self, made):
         _, params, intermediates = made
+        tx = loco.scale_by_locoprop(layers_for(params))
+        state = tx.init(params)
         renamed = {"first": {"weight": params["first"]["kernel"]}}
-        layers = {"first": intermediates.layers["first"]}
-        tx = loco.scale_by_locoprop()
-        with pytest.raises(ValueError, match=r"'first', which is not local.*include="):
-            tx.update(
-                renamed,
-                tx.init(renamed),
-                renamed,
-                intermediates=loco.Intermediates(layers),
-            )
+        for fails in (
+            lambda: tx.init(renamed),
+            lambda: tx.update(renamed, state, renamed, intermediates=intermediates),
+        ):
+            with pytest.raises(
+                ValueError, match=r"hold no 'first/kernel'. They hold 'first/weight'"
+            ):
+                fails()
+
+    def test_parameters_of_another_shape(self, made):
+        _, params, _ = made
+        tx = loco.scale_by_locoprop(layers_for(params))
+        _, wider, _ = regression(MLP(hidden=6))
+        with pytest.raises(
+            ValueError,
+            match=r"'first/kernel' has the shape \(4, 6\), expected \(4, 5\)",
+        ):
+            tx.init(wider)
 
     @pytest.mark.parametrize(
         ("field", "match"),
         [
-            ("inputs", r"'first': the shape of its inputs is \(8, 3\)"),
+            ("inputs", r"'first/kernel': the shape of its inputs is \(8, 3\)"),
             ("cotangents", r"its cotangents is \(8, 4\), expected \(8, 5\)"),
             ("preactivations", r"\(8, 5\), expected \(8, 4\)"),
         ],
     )
     def test_shapes_that_do_not_fit(self, made, field, match):
         update, _, intermediates = made
-        layer = intermediates.layers["first"]
+        layer = intermediates.layers["first/kernel"]
         wrong = replace(layer, **{field: getattr(layer, field)[:, :-1]})
-        layers = {**intermediates.layers, "first": wrong}
         with pytest.raises(ValueError, match=match):
-            update(loco.Intermediates(layers))
+            update(with_first(intermediates, wrong))
 
     def test_targets_that_do_not_fit(self, made):
         update, _, intermediates = made
-        wrong = replace(intermediates.layers["first"], targets=jnp.zeros((8, 4)))
+        layer = intermediates.layers["first/kernel"]
+        wrong = replace(layer, targets=jnp.zeros((8, 4)))
         with pytest.raises(ValueError, match=r"targets is \(8, 4\), expected \(8, 5\)"):
-            update(loco.Intermediates({**intermediates.layers, "first": wrong}))
+            update(with_first(intermediates, wrong))
 
     def test_integer_inputs(self, made):
         update, _, intermediates = made
-        layer = intermediates.layers["first"]
+        layer = intermediates.layers["first/kernel"]
         wrong = replace(layer, inputs=layer.inputs.astype(int))
         with pytest.raises(
-            ValueError, match=r"'first': the dtype of its inputs is int"
+            ValueError, match=r"'first/kernel': the dtype of its inputs is int"
         ):
-            update(loco.Intermediates({**intermediates.layers, "first": wrong}))
+            update(with_first(intermediates, wrong))
 
     def test_integer_params(self):
-        with pytest.raises(ValueError, match=r"'a': kernel has dtype int32"):
-            loco.scale_by_locoprop().init({"a": {"kernel": jnp.ones((2, 2), int)}})
+        params = {"a": {"kernel": jnp.ones((2, 2), int)}}
+        layers = layers_for({"a": {"kernel": jnp.ones((2, 2))}})
+        with pytest.raises(ValueError, match=r"'a/kernel' has dtype int32"):
+            loco.scale_by_locoprop(layers).init(params)
 
     def test_gradient_of_another_model(self, made):
         update, _, intermediates = made
-        other = intermediates.layers["second"].gradient
-        wrong = replace(intermediates.layers["first"], gradient=other)
+        first, second = intermediates.layers.values()
+        wrong = replace(first, gradient=second.gradient)
         with pytest.raises(ValueError, match=r"gradient for (kernel|bias) is"):
-            update(loco.Intermediates({**intermediates.layers, "first": wrong}))
+            update(with_first(intermediates, wrong))
 
     def test_masked_kernel_with_a_free_bias(self):
-        params = {"a": {"kernel": optax.MaskedNode(), "bias": jnp.ones(2)}}
-        with pytest.raises(ValueError, match=r"'a': its kernel is masked"):
-            loco.scale_by_locoprop().init(params)
+        params = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+        tx = loco.scale_by_locoprop(layers_for(params))
+        masked = {"a": {"kernel": optax.MaskedNode(), "bias": jnp.ones(2)}}
+        with pytest.raises(ValueError, match=r"'a/kernel': .*masks it, but not its"):
+            tx.init(masked)
+
+
+def with_first(intermediates, layer):
+    """The intermediates with something else as the first layer's."""
+    return loco.Intermediates({**intermediates.layers, "first/kernel": layer})

@@ -1,7 +1,7 @@
 """Training on several devices takes the steps of training on one."""
 
-import functools
 import re
+from functools import cache, partial
 
 import chex
 import flax.linen as nn
@@ -17,24 +17,19 @@ from tests.helpers import MLP, counted, regression, train_step
 DEVICES = 8
 MESHES = [AxisType.Auto, AxisType.Explicit]
 OPTIMIZERS = {
-    "first_order": (lambda: loco.locoprop_m(1e-3, num_local_steps=3), False),
-    "majorized_newton": (lambda: loco.locoprop_momentum(), False),
-    "a part's curvature": (
-        lambda: loco.locoprop_momentum(
-            solver=loco.solvers.majorized_newton(1, ema=0.5, stride=2)
-        ),
-        False,
+    "first_order": partial(loco.locoprop_m, learning_rate=1e-3, num_local_steps=3),
+    "majorized_newton": loco.locoprop_momentum,
+    "a part's curvature": partial(
+        loco.locoprop_momentum,
+        solver=loco.solvers.majorized_newton(1, ema=0.5, stride=2),
     ),
-    "exact": (
-        lambda: optax.chain(
-            loco.scale_by_locoprop(
-                loss=loco.losses.squared_loss(), solver=loco.solvers.exact(0.1)
-            ),
-            optax.scale(-0.1),
+    "exact": lambda layers: optax.chain(
+        loco.scale_by_locoprop(
+            layers, loss=loco.losses.squared_loss(), solver=loco.solvers.exact(0.1)
         ),
-        False,
+        optax.scale(-0.1),
     ),
-    "locoprop": (lambda: loco.locoprop(), True),
+    "locoprop": loco.locoprop,
 }
 
 
@@ -48,16 +43,16 @@ class Convolutions(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-def stepper(loss_fn, optimizer):
-    """An optimizer, and a training step with it."""
-    make, curvature = optimizer
-    tx = make()
-    return tx, train_step(loss_fn, tx, curvature)
+def stepper(loss_fn, params, batch, make):
+    """An optimizer of a loss's layers, and a training step with it."""
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = make(layers)
+    return tx, train_step(loss_fn, layers, tx)
 
 
-def train(loss_fn, params, batch, optimizer, *, steps=20):
+def train(loss_fn, params, batch, make, *, steps=20):
     """The losses of some steps, the parameters and the state after them, the traces."""
-    tx, step = stepper(loss_fn, optimizer)
+    tx, step = stepper(loss_fn, params, batch, make)
     jitted, traces = counted(step)
     state = tx.init(params)
     losses = []
@@ -78,7 +73,7 @@ def placed(tree, mesh, *spec):
 MODELS = {"dense": (MLP(), 4), "conv": (Convolutions(), 36)}
 
 
-@functools.cache
+@cache
 def on_one_device(optimizer, model):
     """The losses and the parameters to compare with."""
     module, features = MODELS[model]
@@ -112,9 +107,9 @@ def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind
     assert len(traces) <= 2  # the state's placement is settled by the first step
 
 
-def collectives(loss_fn, params, batch, optimizer):
+def collectives(loss_fn, params, batch, make):
     """The collective operations of a compiled step."""
-    tx, step = stepper(loss_fn, optimizer)
+    tx, step = stepper(loss_fn, params, batch, make)
     program = jax.jit(step).lower(params, tx.init(params), batch).compile().as_text()
     return re.findall(
         r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
@@ -124,21 +119,24 @@ def collectives(loss_fn, params, batch, optimizer):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "loops"),
+    ("make", "loops"),
     [
-        (lambda: loco.locoprop_m(1e-4, num_local_steps=3), 1),
-        (lambda: loco.locoprop_m(1e-4, num_local_steps=7), 1),
-        (lambda: loco.locoprop_momentum(stack_layers=False), 2),
-        (lambda: loco.locoprop_momentum(solver=loco.solvers.majorized_newton(1)), 0),
-        (OPTIMIZERS["a part's curvature"][0], 0),
+        (partial(loco.locoprop_m, learning_rate=1e-4, num_local_steps=3), 1),
+        (partial(loco.locoprop_m, learning_rate=1e-4, num_local_steps=7), 1),
+        (partial(loco.locoprop_momentum, stack_layers=False), 2),
+        (
+            partial(loco.locoprop_momentum, solver=loco.solvers.majorized_newton(1)),
+            0,
+        ),
+        (OPTIMIZERS["a part's curvature"], 0),
     ],
 )
-def test_one_reduction_for_each_local_step_of_a_group(optimizer, loops):
+def test_one_reduction_for_each_local_step_of_a_group(make, loops):
     loss_fn, params, batch = regression(batch=16)
     mesh = mesh_of(AxisType.Auto)
     with jax.set_mesh(mesh):
         params, batch = placed(params, mesh), placed(batch, mesh, "data")
-        found = collectives(loss_fn, params, batch, (optimizer, False))
+        found = collectives(loss_fn, params, batch, make)
     assert set(found) == {"all-reduce"}
     # The gradient's, with which the Gram matrices go; and that in each loop of steps.
     assert len(found) <= 1 + loops
@@ -202,16 +200,17 @@ def test_devices_solve_different_layers(optimizer, kind):
             return nn.Dense(3)(x)
 
     make = {
-        "locoprop_m": lambda spread: loco.locoprop_m(1e-4, stack_layers=spread),
-        "locoprop_momentum": lambda spread: loco.locoprop_momentum(stack_layers=spread),
+        "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-4),
+        "locoprop_momentum": loco.locoprop_momentum,
     }[optimizer]
     loss_fn, params, batch = regression(Equal(), features=8)
-    losses, alone, _, _ = train(loss_fn, params, batch, (lambda: make(False), False))
+    unstacked = partial(make, stack_layers=False)
+    losses, alone, _, _ = train(loss_fn, params, batch, unstacked)
     mesh = mesh_of(kind, (2, 4), ("data", "layers"))
     with jax.set_mesh(mesh):
         batch, params = placed(batch, mesh, "data"), placed(params, mesh)
-        tx = (lambda: make("layers"), False)
-        spread, together, _, traces = train(loss_fn, params, batch, tx)
+        over_layers = partial(make, stack_layers="layers")
+        spread, together, _, traces = train(loss_fn, params, batch, over_layers)
     np.testing.assert_allclose(spread, losses, rtol=1e-4)
     chex.assert_trees_all_close(together, alone, rtol=1e-3, atol=1e-4)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(together))
@@ -220,8 +219,9 @@ def test_devices_solve_different_layers(optimizer, kind):
 
 def test_layers_are_spread_over_an_axis_that_the_mesh_has():
     loss_fn, params, batch = regression()
-    _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(stack_layers="layers")
+    layers = loco.layers(loss_fn)(params, batch)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
+    tx = loco.locoprop_momentum(layers, stack_layers="layers")
     with pytest.raises(ValueError, match=r"'layers' names no axis .*jax.set_mesh"):
         tx.update(grads, tx.init(params), params, intermediates=intermediates)
 
@@ -236,9 +236,17 @@ def over_shards(function, mesh, **options):
     )
 
 
-def test_shards_that_are_not_told_apart_by_types():
+@pytest.mark.parametrize("varying", [False, True])
+def test_shards_that_are_not_told_apart_by_types(varying):
     loss_fn, params, batch = regression()
-    capture = over_shards(loco.linen.value_and_grad(loss_fn), mesh_of(AxisType.Auto))
+    layers = loco.layers(loss_fn)(params, batch)
+
+    def capture(params, batch):
+        if varying:
+            params = jax.lax.pcast(params, "data", to="varying")
+        return loco.value_and_grad(loss_fn, layers)(params, batch)
+
+    capture = over_shards(capture, mesh_of(AxisType.Auto))
     with pytest.raises(ValueError, match="only with check_vma=False"):
         capture(params, batch)
 
@@ -251,13 +259,14 @@ def test_a_loss_that_is_a_mean_over_shards():
         def mean_loss(params, batch):
             return jax.lax.pmean(loss_fn(params, batch), "data")
 
-        loss, _, found = loco.linen.value_and_grad(mean_loss)(params, batch)
+        layers = loco.layers(mean_loss)(params, batch)
+        loss, _, found = loco.value_and_grad(mean_loss, layers)(params, batch)
         seen.update({path: la.transfer.name for path, la in found.layers.items()})
         return loss
 
     loss = jax.jit(over_shards(capture, mesh, check_vma=False))(params, batch)
     np.testing.assert_allclose(loss, loss_fn(params, batch), rtol=1e-6)
-    assert seen == {"first": "tanh", "second": "identity"}
+    assert seen == {"first/kernel": "tanh", "second/kernel": "identity"}
 
 
 def test_a_shard_map_inside_the_loss_is_refused():
@@ -267,5 +276,5 @@ def test_a_shard_map_inside_the_loss_is_refused():
         mesh_of(AxisType.Auto),
         check_vma=False,
     )
-    with pytest.raises(ValueError, match=r"'first' cannot be .* inside a shard_map"):
-        loco.linen.value_and_grad(inner)(params, batch)
+    with pytest.raises(ValueError, match=r"'first/kernel': it enters a shard_map"):
+        loco.layers(inner)(params, batch)

@@ -161,7 +161,7 @@ class LocalProblem:
         if self.inputs.ndim <= self.linear_map.summed:
             raise LayerError(
                 f"{option} of the first axis of its inputs, which does not count "
-                f"examples in {self.linear_map} of inputs of shape "
+                f"examples in a {self.linear_map} of inputs of shape "
                 f"{self.inputs.shape}. Name the layer in `exclude=`."
             )
 

@@ -133,7 +133,7 @@ def scale_by_quadratic_model(
       scalar, convex and twice differentiable; outputs of fewer bits reach it in
       float32. Both are closed over the batch. `intermediates` with the loss's
       curvature can take their place, from
-      `linen.value_and_grad(loss_fn, curvature=True)`. It stands behind `keep_finite`: a
+      `value_and_grad(loss_fn, layers)`. It stands behind `keep_finite`: a
       batch that leads to something not finite changes nothing. A step to where the loss
       is not finite is refused, the velocity forgotten, and :math:`\lambda` grows. Both
       are counted: `optax.tree.get(state, "skipped_steps")`.
@@ -151,8 +151,10 @@ def scale_by_quadratic_model(
       >>> loss_fn = lambda outputs: jnp.mean((outputs - 1) ** 2)
       >>> total = lambda params: loss_fn(model_fn(params))
       >>> params = model.init(jax.random.key(0), x)
-      >>> tx = optax.chain(loco.scale_by_locoprop(), loco.scale_by_quadratic_model())
-      >>> loss, grads, intermediates = loco.linen.value_and_grad(total)(params)
+      >>> layers = loco.layers(total)(params)
+      >>> tx = optax.chain(
+      ...     loco.scale_by_locoprop(layers), loco.scale_by_quadratic_model())
+      >>> loss, grads, intermediates = loco.value_and_grad(total, layers)(params)
       >>> updates, state = tx.update(
       ...     grads, tx.init(params), params, intermediates=intermediates,
       ...     model_fn=model_fn, loss_fn=loss_fn)

@@ -88,7 +88,7 @@ class TrustRegion:
           rate: the learning rate, the part of a step that is taken.
         """
         if self.least_loss is not None:
-            model = above_least(model, value - self.least_loss)
+            model = above_least(model, jnp.abs(value - self.least_loss))
         if rho is None:
             _, free = model.minimum(beta, None)
             left = 1.0 - jnp.minimum(rate, 1.0)

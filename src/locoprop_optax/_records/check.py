@@ -64,8 +64,7 @@ def check_intermediates(
             raise ValueError(
                 f"Layer {path!r}: the gradient that follows from its intermediates is "
                 f"off by {errors[path]:.2g} of its norm, expected at most {allowed}. "
-                "Does its kernel enter the loss in another way as well, as through a "
-                "method other than __call__?"
+                "Are these the gradients and intermediates of one call?"
             )
     return errors
 

@@ -17,7 +17,7 @@ def check_layers(layers: Any) -> None:
     """Raises a `TypeError` unless layers are what `layers` finds."""
     if not isinstance(layers, Layers):
         raise TypeError(
-            "The first argument must be the layers of the loss, as "
+            "`layers` must be the layers of the loss, as "
             "locoprop_optax.layers(loss_fn)(params, ...) finds them, got "
             f"{type(layers).__name__}."
         )
@@ -27,6 +27,12 @@ def check_params(params: Any, layers: Layers) -> None:
     """Raises a `ValueError` for a layer that these parameters do not have."""
     leaves = jax.tree.leaves(params, is_leaf=is_masked)
     held = dict(zip(paths_of(params), leaves, strict=True))
+    if not held:
+        raise TypeError(
+            "There are no parameters. optax.tree.map_params cannot be used: what is "
+            "kept for layers is no tree like the parameters. Map over the state "
+            "itself, or let jax.jit(tx.init) shard it."
+        )
     for layer in layers:
         shown = {}
         for name, path in layer.paths.items():

@@ -66,14 +66,15 @@ class Cut(NamedTuple):
     """Where a traced loss is cut: at the last values in which its rest is convex.
 
     Attributes:
-      values: the numbers of these values; of the loss alone if there are no others.
+      values: of these values, where their equations stand and which of the results
+        they are there; none if there are no such values.
       params: the numbers of the parameters that the rest reads, as penalties do.
       transfers: for each value the function of which the loss is the matching loss;
         None where there is none.
       equations: of how many equations the loss is made.
     """
 
-    values: tuple[int, ...]
+    values: tuple[tuple[tuple[int, ...], int], ...]
     params: tuple[int, ...]
     transfers: tuple[Transfer | None, ...]
     equations: int

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from locoprop_optax._records.fits import check_layers
 from locoprop_optax._records.intermediates import Intermediates
 from locoprop_optax._records.layers import Layers
 from locoprop_optax._trace.collect import collect, run_recorded, uses_of
@@ -41,7 +42,8 @@ def value_and_grad(
       intermediates), or ((loss, aux), grads, intermediates).
 
     Raises:
-      TypeError: when called, if `loss_fn` returns no scalar loss.
+      TypeError: if `layers` are something else; when called, if `loss_fn` returns no
+        scalar loss.
       ValueError: when called, if the loss no longer does what `layers` says.
 
     Example:
@@ -55,6 +57,7 @@ def value_and_grad(
       >>> intermediates.layers["params/kernel"].cotangents.shape
       (5, 2)
     """
+    check_layers(layers)
 
     def loss_grads_and_intermediates(params, *args, **kwargs):
         traced, arrays = trace(loss_fn, has_aux, params, args, kwargs)

@@ -99,6 +99,12 @@ def find_layers(
         if path not in parts
     )
     _check_found(traced, found, others)
+    for pattern in _globs(exclude):
+        if not any(matches(pattern, path) for path in traced.paths):
+            raise ValueError(
+                f"exclude={pattern!r} fits no parameter. Parameters: "
+                f"{', '.join(map(repr, traced.paths))}."
+            )
     for pattern in transfers:
         if not any(matches(pattern, layer.path) for layer in found):
             raise ValueError(
@@ -113,6 +119,12 @@ def find_layers(
         }
     )
     return Layers(found, others, cut, _curvature(traced, cut))
+
+
+def _globs(exclude: PathPattern | None) -> Sequence[str]:
+    if exclude is None or callable(exclude):
+        return ()
+    return (exclude,) if isinstance(exclude, str) else exclude
 
 
 def own_uses(traced: Trace, exclude: PathPattern | None) -> dict[int, list[Use]]:
@@ -204,18 +216,30 @@ def _sizes(use: Use) -> Call:
     return Call(total, math.prod(kernel[:split]), math.prod(kernel[split:]))
 
 
+_LOSSES = {
+    "identity": "squared error",
+    "sigmoid": "sigmoid cross-entropy",
+    "softmax": "softmax cross-entropy",
+}
+
+
 def _curvature(traced: Trace, cut: Cut) -> str:
     """What is known of a loss's curvature."""
-    if cut.values == traced.graph.results[:1]:
+    if not cut.values:
         return (
             "none; the loss is curved upwards in nothing that its layers give, so that "
             "each batch's own cotangents stand for sampled ones"
         )
 
-    def of(value: int, transfer: Transfer | None) -> str:
-        shape = "×".join(map(str, traced.graph.avals[value].shape))
-        sampled = "estimated" if transfer is None else f"by {transfer.name}"
-        return f"outputs of shape {shape} ({sampled})"
+    graph = traced.graph
+
+    def of(place: tuple[Any, int], transfer: Transfer | None) -> str:
+        shape = "×".join(map(str, graph.avals[graph.places[place]].shape))
+        if transfer is None:
+            named = "sampled cotangents by its Hessian's diagonal"
+        else:
+            named = _LOSSES.get(transfer.name, f"matching loss of {transfer.name}")
+        return f"outputs of shape {shape} ({named})"
 
     parts = [of(*pair) for pair in zip(cut.values, cut.transfers, strict=True)]
     penalized = [traced.paths[number] for number in cut.params]

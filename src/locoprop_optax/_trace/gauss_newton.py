@@ -19,6 +19,7 @@ from locoprop_optax._trace.graph import Graph, is_number, run
 from locoprop_optax._trace.loss import tail_of
 from locoprop_optax._trace.trace import Trace
 from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.sharding import placed_like
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +100,7 @@ class GaussNewton:
         """The cotangents of each layer for sampled labels; none without curvature."""
         traced, count = self.traced, len(self.traced.paths)
         cut = self._cut()
-        if cut.values == traced.graph.results[:1]:
+        if not cut.values:
             return []
         leaves, rest = self.arrays[:count], self.arrays[count:]
         seeds = _CutLoss(traced.graph, cut, rest).sample(leaves, self.key)
@@ -123,18 +124,29 @@ class _CutLoss:
     def _given(self, leaves: Sequence[Any]) -> dict[int, Any]:
         return dict(zip(self.graph.inputs, [*leaves, *self.rest], strict=True))
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the values at the cut."""
+        return [self.graph.places[place] for place in self.cut.values]
+
     def values(self, leaves: Sequence[Any]) -> list[Any]:
-        """The values at the cut, and the parameters that are read behind it."""
+        """The values at the cut, and the parameters that are read behind it.
+
+        Where there are no such values, the loss, in which it is linear.
+        """
         given = self._given(leaves)
         given.update(self.graph.held)
-        known = run(self.graph.leading_to(self.cut.values, set(given)), given)
+        numbers: Any = self.numbers if self.cut.values else self.graph.results[:1]
+        known = run(self.graph.leading_to(numbers, set(given)), given)
         params = [leaves[at] for at in self.cut.params]
-        return at_least_float32([*(known[n] for n in self.cut.values), *params])
+        return at_least_float32([*(known[n] for n in numbers), *params])
 
     def behind(self, values: Sequence[Any]) -> Any:
         """The loss for values at the cut."""
         graph, cut = self.graph, self.cut
-        numbers = [*cut.values, *(graph.inputs[at] for at in cut.params)]
+        if not cut.values:
+            return values[0]
+        numbers = [*self.numbers, *(graph.inputs[at] for at in cut.params)]
         count = len(graph.inputs) - len(self.rest)
         given: dict[int, Any] = dict(zip(graph.inputs[count:], self.rest, strict=True))
         given.update(graph.held)
@@ -167,12 +179,11 @@ class _CutLoss:
         curved, own = hvp(middle), hvp(values)
         sampled = {}
         for at, (number, transfer) in enumerate(
-            zip(self.cut.values, self.cut.transfers, strict=True)
+            zip(self.numbers, self.cut.transfers, strict=True)
         ):
             a = values[at]
-            random = jax.random.rademacher(
-                jax.random.fold_in(key, at), a.shape, a.dtype
-            )
+            drawn = jax.random.rademacher(jax.random.fold_in(key, at), a.shape, a.dtype)
+            random = placed_like(drawn, a)
             if transfer is None:
                 rows = math.prod(a.shape[:-1]) if a.ndim > 1 else a.size
                 diagonal = jnp.maximum(signs[at] * own[at], 0)
@@ -210,7 +221,8 @@ class _CutLoss:
 def _alternating(a: jax.Array) -> jax.Array:
     """Signs that alternate along the last axis."""
     signs = 1 - 2 * (jnp.arange(a.shape[-1] if a.ndim else 1) % 2)
-    return jnp.broadcast_to(signs, a.shape or (1,)).reshape(a.shape).astype(a.dtype)
+    everywhere = jnp.broadcast_to(signs, a.shape or (1,)).reshape(a.shape)
+    return placed_like(everywhere.astype(a.dtype), a)
 
 
 def _rowwise(first: jax.Array, second: jax.Array) -> jax.Array:

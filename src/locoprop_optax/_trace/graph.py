@@ -20,7 +20,7 @@ from jax.extend import core
 
 from locoprop_optax._trace import primitives
 from locoprop_optax._trace.primitives import Scan, branches, called
-from locoprop_optax._utils.sharding import among_shards, was_among_shards
+from locoprop_optax._utils.sharding import on_typed_mesh, was_on_typed_mesh
 
 Atom = int | core.Literal
 Position = tuple[int, ...]  # of an equation: the places of the calls around it, its own
@@ -66,12 +66,12 @@ class Equation:
     def evaluate(self, operands: Sequence[Any], context: Any) -> list[Any]:
         """Its results for the values of its inputs, in the context of other equations.
 
-        They are computed where this is called, and not on the mesh of the trace. For
-        one shard alone a sum over shards is its own, and a function is what it does,
-        since a derivative rule would bring the mesh back.
+        They are computed where this is called, and not on the mesh of the trace. Off
+        it a sum over shards is that of one, nothing has a place, and a function is what
+        it does, since a derivative rule would bring the mesh back.
         """
-        apart = was_among_shards(self.source.outvars[0]) and not among_shards()
-        if apart and self.primitive in primitives.OVER_SHARDS:
+        apart = was_on_typed_mesh(self.source.outvars[0]) and not on_typed_mesh()
+        if apart and self.primitive in primitives.ON_MESH:
             return list(operands)
         body = called(self.source)
         if apart and self.primitive == primitives.CUSTOM_JVP and body is not None:
@@ -85,11 +85,12 @@ class Equation:
             if not isinstance(var, core.Literal)
         }
         invars = [_off_mesh(atom) for atom in self.source.invars]
+        params = primitives.off_mesh(self.params) if apart else self.params
         alone = self.home.replace(
             constvars=[],
             invars=list(given),
             outvars=self.source.outvars,
-            eqns=[self.source.replace(ctx=context, invars=invars)],
+            eqns=[self.source.replace(ctx=context, invars=invars, params=params)],
         )
         return eval_jaxpr(alone, [], *given.values())
 
@@ -158,6 +159,20 @@ class Graph:
     def producers(self) -> dict[int, Equation]:
         """The equation that each number is a result of."""
         return {number: e for e in self.equations for number in e.outputs}
+
+    @cached_property
+    def places(self) -> dict[tuple[Position, int], int]:
+        """The number of each result of each equation."""
+        return {
+            (equation.position, at): number
+            for equation in self.equations
+            for at, number in enumerate(equation.outputs)
+        }
+
+    def place_of(self, number: int) -> tuple[Position, int]:
+        """Where the equation that makes a number stands, and which result it is."""
+        producer = self.producers[number]
+        return producer.position, producer.outputs.index(number)
 
     @cached_property
     def consumers(self) -> dict[int, list[int]]:

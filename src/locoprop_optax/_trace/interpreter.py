@@ -77,12 +77,7 @@ def value_at(places: Places, position: Sequence[int]) -> Any:
 
 def no_perturbations(uses: Iterable[Use]) -> Places:
     """Zeros in the shapes of all uses' results, those of loops stacked in front."""
-    return places_of({use.position: zeros(typed_value(use), use.scans) for use in uses})
-
-
-def typed_value(use: Use) -> jax.ShapeDtypeStruct:
-    """The type of a use's result in one turn of the loops around it."""
-    return typed(use.value)
+    return places_of({use.position: zeros(typed(use.value), use.scans) for use in uses})
 
 
 def interpret(

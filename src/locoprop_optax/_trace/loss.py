@@ -18,7 +18,7 @@ from locoprop_optax._trace import primitives
 from locoprop_optax._trace.graph import Equation, Graph, is_number, run
 from locoprop_optax._trace.transfer import matching_of_loss, stand_ins
 from locoprop_optax._trace.uses import Reading
-from locoprop_optax._utils.sharding import outside_shards
+from locoprop_optax._utils.sharding import off_mesh
 from locoprop_optax.losses._transfers import Transfer, known_transfers
 
 _TRIALS = 12
@@ -42,7 +42,7 @@ def find_cut(
     """
     parameters = {number: at for at, number in enumerate(graph.inputs[:count])}
     known = [t for t in known_transfers().values() if t.conjugate is not None]
-    with jax.ensure_compile_time_eval(), outside_shards():
+    with jax.ensure_compile_time_eval(), off_mesh():
         for values, params in _places(graph, reading, parameters):
             transfers = tuple(
                 matched.get(value) or matching_of_loss(graph, value, set(values), known)
@@ -52,10 +52,9 @@ def find_cut(
             if (all(transfers) and not params) or _is_convex(
                 graph, [*values, *numbers]
             ):
-                return Cut(values, params, transfers, len(graph.equations))
-    loss = graph.results[0]
-    values = (loss,) if is_number(loss) else ()
-    return Cut(values, (), (None,), len(graph.equations))
+                places = tuple(map(graph.place_of, values))
+                return Cut(places, params, transfers, len(graph.equations))
+    return Cut((), (), (), len(graph.equations))
 
 
 def _places(

@@ -41,7 +41,7 @@ CALLS = {p.jit_p, p.closed_call_p, p.call_p}
 REMAT, SCAN, COND, WHILE = p.remat_p, p.scan_p, p.cond_p, p.while_p
 CUSTOM = {p.custom_jvp_call_p, p.custom_vjp_call_p}
 CUSTOM_JVP = p.custom_jvp_call_p
-OVER_SHARDS = {p.pmax_p, p.pmin_p, p.psum_p}
+ON_MESH = {p.pmax_p, p.pmin_p, p.psum_p, p.sharding_constraint_p}
 
 ELEMENTWISE: dict[core.Primitive, Callable[..., Any]] = {
     p.abs_p: np.abs,
@@ -162,6 +162,11 @@ class Scan(NamedTuple):
             params["length"],
             {key: params[key] for key in ("length", "reverse", "unroll")},
         )
+
+
+def off_mesh(params: Mapping[str, Any]) -> dict[str, Any]:
+    """An equation's parameters without where its results are."""
+    return {**params, **dict.fromkeys({"sharding", "out_sharding"} & set(params))}
 
 
 def remat_options(equation: core.JaxprEqn) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from locoprop_optax._records.paths import paths_of
 from locoprop_optax._trace.graph import Graph
 from locoprop_optax._trace.loss import find_cut
 from locoprop_optax._trace.uses import Reading, read_parameters
+from locoprop_optax._utils.sharding import check_not_varying
 from locoprop_optax.losses._transfers import Transfer
 
 
@@ -60,6 +61,7 @@ def trace(
 
     Raises:
       TypeError: if there is no scalar loss in what `loss_fn` returns.
+      ValueError: if the type of an array tells over which shards it varies.
     """
     leaves, structure = jax.tree.flatten(params)
     given, rest = jax.tree.flatten((tuple(args), kwargs))
@@ -79,6 +81,8 @@ def trace(
 
     arrays = [given[place] for place in places]
     closed = jax.make_jaxpr(flat)(leaves, arrays)
+    for array in (*leaves, *closed.consts, *arrays):
+        check_not_varying(array)
     jaxpr, count = closed.jaxpr, len(leaves)
     invars = [*jaxpr.invars[:count], *jaxpr.constvars, *jaxpr.invars[count:]]
     opened = core.ClosedJaxpr(jaxpr.replace(constvars=[], invars=invars), [])

@@ -19,7 +19,7 @@ from locoprop_optax._trace import primitives
 from locoprop_optax._trace.graph import Equation, Graph, is_number, run
 from locoprop_optax._trace.primitives import SHAPE_ONLY, called
 from locoprop_optax._trace.uses import Use
-from locoprop_optax._utils.sharding import outside_shards
+from locoprop_optax._utils.sharding import off_mesh
 from locoprop_optax.losses._transfers import IDENTITY, Transfer, elu, leaky_relu
 
 _NEAR_ZERO = np.geomspace(1e-4, 1.0, 25)
@@ -44,7 +44,7 @@ def find_transfer(use: Use, products: set[int], known: Sequence[Transfer]) -> Fi
       known: the transfer functions to look for, in the order of preference.
     """
     graph, start = use.graph, use.preactivation
-    with jax.ensure_compile_time_eval(), outside_shards():
+    with jax.ensure_compile_time_eval(), off_mesh():
         if use.outermost and (found := matching_of_loss(graph, start, products, known)):
             return Finding(found, "the loss is its matching loss", by_loss=True)
         finding = _elementwise_consumer(use, known)

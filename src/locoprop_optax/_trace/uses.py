@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from locoprop_optax._records.form import Form
 from locoprop_optax._trace import primitives
 from locoprop_optax._trace.graph import (
@@ -17,7 +19,7 @@ from locoprop_optax._trace.graph import (
     is_number,
     live_results,
 )
-from locoprop_optax._trace.primitives import Scan
+from locoprop_optax._trace.primitives import Scan, dtype_of
 from locoprop_optax._trace.products import (
     Found,
     Layout,
@@ -119,6 +121,7 @@ class _Scope:
         self.scans, self.outermost = scans, outermost
         self.sources: dict[int, Source] = dict(sources)
         self.computed: dict[int, tuple[set[int], str]] = {}
+        self.active: set[Atom] = set()
         self.products: dict[int, tuple[int, Found]] = {}  # by the result's number
 
     def read(self) -> None:
@@ -133,12 +136,15 @@ class _Scope:
         return self.sources.get(atom) if is_number(atom) else None
 
     def _read(self, equation: Equation) -> None:
-        self._pass_on_computed(equation)
         operands = list(map(self.source, equation.inputs))
-        if not any(operands):
-            return
+        inputs = set(filter(is_number, equation.inputs))
+        if not self.active.isdisjoint(inputs):
+            self.active.update(equation.outputs)
         if equation.bodies:
             self._enter(equation, operands)
+            return
+        self._pass_on_computed(equation, operands)
+        if not any(operands):
             return
         if equation.primitive in primitives.UNCHANGED and len(operands) > 1:
             pairs = zip(operands, equation.outputs, strict=True)
@@ -162,6 +168,7 @@ class _Scope:
 
     def _add_use(self, equation: Equation, side: int, found: Found) -> None:
         (number,) = equation.outputs
+        self.active.add(number)
         self.products[number] = len(self.reading.uses), found
         self.reading.uses.append(
             Use(
@@ -220,6 +227,8 @@ class _Scope:
             results = live_results(equation, body, self.live)
             live = body.live(results)
             inner: dict[int, Source] = {}
+            atoms = equation.inputs[equation.offset :]
+            pairs: list[tuple[Any, int]] = list(zip(atoms, body.inputs, strict=True))
             for at, source in enumerate(operands[equation.offset :]):
                 if source is None or body.inputs[at] not in live:
                     continue
@@ -232,7 +241,18 @@ class _Scope:
             scans = self.scans
             if equation.primitive == primitives.SCAN:
                 scans = (*scans, Scan.of(equation.source).length)
-            _Scope(body, inner, results, self.reading, scans, outermost=False).read()
+            _Scope(
+                body,
+                inner,
+                results,
+                self.reading,
+                scans,
+                computed={
+                    n: self.computed[a] for a, n in pairs if self._is_computed(a)
+                },
+                active=[n for a, n in pairs if is_number(a) and a in self.active],
+                outermost=False,
+            ).read()
 
     def _entered(self, equation: Equation, at: int, source: Source) -> Source | None:
         if equation.primitive != primitives.SCAN:
@@ -255,15 +275,24 @@ class _Scope:
         known, first = self.computed.get(number, (set(), name))
         self.computed[number] = known | parameters, first
 
-    def _pass_on_computed(self, equation: Equation) -> None:
-        """Follows values of the size of a parameter that are computed from it."""
-        inputs = [n for n in equation.inputs if is_number(n) and n in self.computed]
+    def _is_computed(self, atom: Atom) -> bool:
+        return is_number(atom) and atom in self.computed
+
+    def _pass_on_computed(
+        self, equation: Equation, operands: Sequence[Source | None]
+    ) -> None:
+        """Follows values of the size of a parameter that are computed from it.
+
+        One that is multiplied with an activation is a kernel; one that is multiplied
+        with a parameter is an activation itself.
+        """
+        inputs: list[Any] = [n for n in equation.inputs if self._is_computed(n)]
         if not inputs:
             return
         parameters = set().union(*(self.computed[n][0] for n in inputs))
         name = self.computed[inputs[0]][1]
-        if equation.primitive in primitives.PRODUCTS or equation.bodies:
-            for number in parameters:
+        if equation.primitive in primitives.PRODUCTS:
+            for number in set() if any(operands) else parameters:
                 self.reading.computed.add(number)
                 self.reading.hidden[number] = f"a kernel is computed from it, by {name}"
         elif self._is_as_large(
@@ -274,11 +303,14 @@ class _Scope:
     def _is_as_large(self, equation: Equation, *sizes: int) -> bool:
         """Whether a result has the size of what it is computed from, or assembles it.
 
-        A parameter that is applied to activations gives more.
+        What a parameter is to an activation is no part of it.
         """
         if len(equation.outputs) != 1:
             return False
         size = math.prod(self.graph.avals[equation.outputs[0]].shape)
+        met = [n for n in equation.inputs if is_number(n) and n in self.active]
+        if any(math.prod(self.graph.avals[n].shape) == size > 1 for n in met):
+            return False
         return equation.primitive in primitives.ASSEMBLING or size in sizes
 
 
@@ -288,6 +320,11 @@ def _in_words(equation: Equation) -> tuple[str, bool]:
     if primitive == primitives.LOOKUP:
         return "looked up", False
     if primitive in primitives.PRODUCTS:
+        dtypes = {dtype_of(atom) for atom in equation.source.invars}
+        if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+            return "it is multiplied with integers; cast them before the model", True
+        if equation.primitive == primitives.CONVOLUTION:
+            return "it is convolved as the input, in batches, or with a parameter", True
         return "it is multiplied with a parameter", True
     if primitive in primitives.CUSTOM:
         return "it enters a function with a derivative rule of its own", True

@@ -35,16 +35,17 @@ def averaged(
       >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
       >>> mesh = jax.make_mesh((2,), ("data",))
       >>> x = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
-      >>> tx = loco.averaged(loco.locoprop_momentum(), "data")
+      >>> params = model.init(jax.random.key(0), x)
+      >>> layers = loco.layers(loss_fn)(params, x)
+      >>> tx = loco.averaged(loco.locoprop_momentum(layers), "data")
       >>> @jax.jit
       ... @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")),
       ...          out_specs=P(), check_vma=False)
       ... def step(params, state, x):
-      ...     _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
+      ...     _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, x)
       ...     updates, state = tx.update(
       ...         grads, state, params, intermediates=intermediates)
       ...     return optax.apply_updates(params, updates), state
-      >>> params = model.init(jax.random.key(0), x)
       >>> moved, _ = step(params, tx.init(params), x)
       >>> bool(loss_fn(moved, x) < loss_fn(params, x))
       True

@@ -25,20 +25,20 @@ from jax.sharding import (
 )
 
 
-def typed(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype, and the sharding where it is a part of the type.
-
-    Raises:
-      ValueError: if the type also tells over which shards the array varies.
-    """
-    aval = _type_of(x)
-    manual = getattr(aval, "manual_axis_type", None)
+def check_not_varying(x: Any) -> None:
+    """Raises a `ValueError` if an array's type tells over which shards it varies."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
     if varying := getattr(manual, "varying", None):
         raise ValueError(
             "Layers are captured inside jax.shard_map only with check_vma=False; it is "
-            f"on, and a layer's array is typed as varying over {sorted(varying)}."
+            f"on, and an array is typed as varying over {sorted(varying)}."
         )
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit_sharding(x))
+
+
+def typed(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a value in a trace, and the sharding where its type has it."""
+    sharding = explicit_sharding(aval)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -61,6 +61,12 @@ def zeros(like: jax.ShapeDtypeStruct, stack: tuple[int, ...] = ()) -> jax.Array:
     return jnp.zeros(stack + like.shape, like.dtype, device=sharding)
 
 
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array of the same shape, sharded as the type of another tells."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def sharded_by_compiler(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
     """A function whose inner shardings are the compiler's choice.
 
@@ -76,21 +82,23 @@ def sharded_by_compiler(function: Callable[..., Any], like: Any) -> Callable[...
     return auto_axes(function, out_sharding=shardings)
 
 
-def among_shards() -> bool:
-    """Whether this is the body of a `shard_map`."""
-    return AxisType.Manual in get_abstract_mesh().axis_types
+def on_typed_mesh() -> bool:
+    """Whether types tell here where arrays are: on explicit axes, or in a shard."""
+    return _is_typed(get_abstract_mesh())
 
 
-def was_among_shards(var: Any) -> bool:
-    """Whether a variable of a trace stands in the body of a `shard_map`."""
-    return AxisType.Manual in var.aval.sharding.mesh.axis_types
+def was_on_typed_mesh(var: Any) -> bool:
+    """Whether the type of a variable of a trace tells where it is."""
+    return _is_typed(var.aval.sharding.mesh)
 
 
-def outside_shards() -> AbstractContextManager[Any]:
-    """Lets arrays be computed with, as elsewhere, inside the body of a `shard_map`."""
-    if not among_shards():
-        return nullcontext()
-    return use_abstract_mesh(AbstractMesh((), ()))
+def _is_typed(mesh: Any) -> bool:
+    return not {AxisType.Manual, AxisType.Explicit}.isdisjoint(mesh.axis_types)
+
+
+def off_mesh() -> AbstractContextManager[Any]:
+    """Lets arrays be computed with whose types do not tell where they are."""
+    return use_abstract_mesh(AbstractMesh((), ())) if on_typed_mesh() else nullcontext()
 
 
 def check_axis(axis_name: str) -> None:

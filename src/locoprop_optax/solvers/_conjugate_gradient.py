@@ -59,8 +59,10 @@ def conjugate_gradient(
         curvature. The message names the layer.
 
     Example:
+      As the options of `scale_by_locoprop(layers, **proxprop)`:
+
       >>> import locoprop_optax as loco
-      >>> proxprop = loco.scale_by_locoprop(
+      >>> proxprop = dict(
       ...     loss=loco.losses.squared_loss(),
       ...     target=loco.targets.gradient_descent(1.0),
       ...     regularizer=loco.regularizers.squared_l2(0.5),

@@ -33,8 +33,10 @@ def mirror_descent(num_steps: int = 1) -> Solver:
         has no `mirror_step`. The message names the layer.
 
     Example:
+      As the options of `scale_by_locoprop(layers, **exponentiated_gradient)`:
+
       >>> import locoprop_optax as loco
-      >>> exponentiated_gradient = loco.scale_by_locoprop(
+      >>> exponentiated_gradient = dict(
       ...     target=loco.targets.gradient_descent(1.0),
       ...     regularizer=loco.regularizers.relative_entropy(10.0),
       ...     solver=loco.solvers.mirror_descent())

@@ -155,8 +155,10 @@ def exact(
         `majorized_newton`.
 
     Example:
+      As the options of `scale_by_locoprop(layers, **foof)`:
+
       >>> import locoprop_optax as loco
-      >>> foof = loco.scale_by_locoprop(
+      >>> foof = dict(
       ...     loss=loco.losses.squared_loss(),
       ...     target=loco.targets.gradient_descent(1.0),
       ...     solver=loco.solvers.exact(damping=0.1))
@@ -193,7 +195,7 @@ def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
         raise LayerError(
             f"{solver} needs a bound on the curvature of {_named(lacking)}, which has "
             "none. Use solvers.first_order, a Transfer with derivative_bound, or "
-            "transfers={path: 'identity'} where the layer is captured."
+            "transfers={path: 'identity'} in locoprop_optax.layers."
         )
     return bound, penalty
 

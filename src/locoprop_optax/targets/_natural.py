@@ -42,9 +42,9 @@ def natural_gradient(
       + (1 - \beta) \operatorname{mean}\big( n g_i\, n g_i^\top \big), \quad
       \hat C = \frac{C}{1 - \beta^k}
 
-    after :math:`k` batches. :math:`C` is made of the sampled cotangents if the
-    intermediates carry them, and is then the Fisher matrix; else it is the empirical
-    Fisher matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC. Each
+    after :math:`k` batches. :math:`C` is made of the sampled cotangents wherever the
+    loss has curvature, and is then the Fisher matrix; else it is the empirical Fisher
+    matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC. Each
     row of a Dense layer counts as an example; a convolution's positions do not, but
     share one second moment (KFC), as the heads of an attention projection do.
 
@@ -62,8 +62,10 @@ def natural_gradient(
       ValueError: if a number is out of its range.
 
     Example:
+      As the options of `scale_by_locoprop(layers, **kfac)`:
+
       >>> import locoprop_optax as loco
-      >>> kfac = loco.scale_by_locoprop(
+      >>> kfac = dict(
       ...     loss=loco.losses.squared_loss(),
       ...     target=loco.targets.natural_gradient(1.0),
       ...     solver=loco.solvers.exact(damping=0.1))
