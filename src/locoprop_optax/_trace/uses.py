@@ -228,7 +228,11 @@ class _Scope:
             live = body.live(results)
             inner: dict[int, Source] = {}
             atoms = equation.inputs[equation.offset :]
-            pairs: list[tuple[Any, int]] = list(zip(atoms, body.inputs, strict=True))
+            pairs = [
+                (atom, number)
+                for atom, number in zip(atoms, body.inputs, strict=True)
+                if is_number(atom)
+            ]
             for at, source in enumerate(operands[equation.offset :]):
                 if source is None or body.inputs[at] not in live:
                     continue
@@ -241,18 +245,13 @@ class _Scope:
             scans = self.scans
             if equation.primitive == primitives.SCAN:
                 scans = (*scans, Scan.of(equation.source).length)
-            _Scope(
-                body,
-                inner,
-                results,
-                self.reading,
-                scans,
-                computed={
-                    n: self.computed[a] for a, n in pairs if self._is_computed(a)
-                },
-                active=[n for a, n in pairs if is_number(a) and a in self.active],
-                outermost=False,
-            ).read()
+            scope = _Scope(body, inner, results, self.reading, scans, outermost=False)
+            for atom, number in pairs:
+                if atom in self.active:
+                    scope.active.add(number)
+                if atom in self.computed:
+                    scope.computed[number] = self.computed[atom]
+            scope.read()
 
     def _entered(self, equation: Equation, at: int, source: Source) -> Source | None:
         if equation.primitive != primitives.SCAN:
