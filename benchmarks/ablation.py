@@ -14,7 +14,6 @@ from benchmarks import comparison
 from benchmarks.autoencoder import BENCHMARK as AUTOENCODER
 from benchmarks.contestants import (
     CONTESTANTS,
-    CURVATURE,
     INTERMEDIATES,
     Contestant,
     warmup_then_linear,
@@ -24,42 +23,38 @@ from benchmarks.contestants import (
 def automatic(decays: bool = False, **changed: Any) -> Contestant:
     """`locoprop()`, something in it changed."""
 
-    def make(steps: int) -> optax.GradientTransformation:
+    def make(steps: int, layers: loco.Layers) -> optax.GradientTransformation:
         return loco.locoprop(
-            warmup_then_linear(1.0, steps) if decays else 1.0, **changed
+            layers, warmup_then_linear(1.0, steps) if decays else 1.0, **changed
         )
 
-    return Contestant("", make, {}, needs=CURVATURE)
+    return Contestant("", make, {}, needs=INTERMEDIATES)
 
 
 def modelled(**changed: Any) -> Contestant:
     """`locoprop()` written out, something in its quadratic model changed."""
 
-    def make(steps: int) -> optax.GradientTransformation:
+    def make(steps: int, layers: loco.Layers) -> optax.GradientTransformation:
         del steps  # no schedule
         return optax.chain(
-            loco.scale_by_locoprop(target=NATURAL, solver=newton(1, 0.3)),
+            loco.scale_by_locoprop(layers, target=NATURAL, solver=newton(1, 0.3)),
             loco.scale_by_quadratic_model(
                 **dict(damping=0.0, damping_decay=1.0) | changed
             ),
         )
 
-    return Contestant("", make, {}, needs=CURVATURE | {"functions"})
+    return Contestant("", make, {}, needs=INTERMEDIATES | {"functions"})
 
 
-def scheduled(
-    learning_rate: float = 0.1,
-    needs: frozenset[str] = INTERMEDIATES,
-    **changed: Any,
-) -> Contestant:
+def scheduled(learning_rate: float = 0.1, **changed: Any) -> Contestant:
     """`locoprop_momentum()` behind the schedule, something in it changed."""
 
-    def make(steps: int) -> optax.GradientTransformation:
+    def make(steps: int, layers: loco.Layers) -> optax.GradientTransformation:
         return loco.locoprop_momentum(
-            warmup_then_linear(learning_rate, steps), **changed
+            layers, warmup_then_linear(learning_rate, steps), **changed
         )
 
-    return Contestant("", make, {}, needs=needs)
+    return Contestant("", make, {}, needs=INTERMEDIATES)
 
 
 def newton(num_steps: int, damping: float, **options: Any) -> loco.solvers.Solver:
@@ -88,7 +83,7 @@ AUTOMATIC = {
     "no momentum": modelled(momentum=0.0),
     "λ that adapts": modelled(damping=1.0, damping_decay=0.95),
     "rate 0.1 and momentum 0.9, no model": scheduled(
-        needs=CURVATURE, target=NATURAL, solver=newton(1, 0.3)
+        target=NATURAL, solver=newton(1, 0.3)
     ),
 }
 MOMENTUM = {

@@ -6,6 +6,7 @@ The model is a decoder-only transformer, its blocks unrolled or scanned.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,11 @@ def measure(depth: int, scanned: bool, repeats: int) -> dict[str, Any]:
         log_p = nn.log_softmax(model.apply({"params": params}, tokens))
         return -jnp.mean(log_p[..., 0])
 
-    makers = {"gradient": jax.value_and_grad, "capture": loco.linen.value_and_grad}
+    layers = loco.layers(loss_fn)(params, tokens)
+    makers = {
+        "gradient": jax.value_and_grad,
+        "capture": partial(loco.value_and_grad, layers=layers),
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     figures: dict[str, Any] = {"depth": depth, "scanned": scanned}
     for _ in track(range(repeats), f"depth {depth}, scanned {scanned}"):

@@ -27,7 +27,7 @@ from benchmarks.ceilings import launches, seconds
 from benchmarks.provenance import provenance
 
 MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "locoprop_m": partial(loco.locoprop_m, 1e-5),
+    "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-5),
     "locoprop_momentum": loco.locoprop_momentum,
 }
 
@@ -65,8 +65,10 @@ def measure(model: nn.Module, x: jax.Array, scanned: bool) -> dict[str, dict[str
     def loss_fn(params, x):
         return jnp.mean((model.apply({"params": params}, x) - 1.0) ** 2)
 
+    layers = loco.layers(loss_fn)(params, x)
+
     def local_step(tx, state, params, x):
-        _, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, x)
+        _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, x)
         return tx.update(grads, state, params, intermediates=intermediates)
 
     def adam_step(state, params, x):
@@ -76,7 +78,7 @@ def measure(model: nn.Module, x: jax.Array, scanned: bool) -> dict[str, dict[str
     steps = {"adam": (adam_step, optax.adam(1e-3))}
     for name, make in MAKERS.items():
         for stacked in (True,) if scanned else (False, True):
-            tx = make(stack_layers=stacked)
+            tx = make(layers, stack_layers=stacked)
             label = f"{name}, {'stacked' if stacked else 'alone'}"
             steps[label] = (partial(local_step, tx), tx)
     found, updates = {}, {}

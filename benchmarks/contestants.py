@@ -1,7 +1,8 @@
 """The optimizers that the benchmarks compare, and where each is tuned.
 
-Every contestant is a function of the number of steps and of its settings. A space says
-what optuna draws them from, and which are tried first and stand if none are given.
+Every contestant is a function of the number of steps, of its settings and, if it takes
+intermediates, of the layers of the loss. A space says what optuna draws the settings
+from, and which are tried first and stand if none are given.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,14 +44,15 @@ class Contestant(NamedTuple):
     Attributes:
       label: what tables and pictures call it.
       make: from the total number of steps and settings to the optimizer, or for a peer
-        to the settings of its process.
+        to the settings of its process; one that takes intermediates is also given
+        `layers`.
       space: what is tuned.
       peer: the script in `benchmarks/peers` that runs it; None for an optimizer of this
         process.
       lent: whether that script takes gradients from this process, rather than train a
         model of its own.
-      needs: what its update is given beside the gradient; the curvature is that of the
-        batch, or of a quarter of it.
+      needs: what its update is given beside the gradient; the curvature in the
+        intermediates is that of the batch, or of a quarter of it.
     """
 
     label: str
@@ -58,17 +60,23 @@ class Contestant(NamedTuple):
     space: Space
     peer: str | None = None
     lent: bool = False
-    needs: frozenset[
-        Literal["intermediates", "curvature", "a quarter", "functions", "value"]
-    ] = frozenset()
+    needs: frozenset[Literal["intermediates", "a quarter", "functions", "value"]] = (
+        frozenset()
+    )
 
     def first(self) -> dict[str, Any]:
         """The settings that the space tries first."""
         return {name: range_.first for name, range_ in self.space.items()}
 
-    def made(self, steps: int, settings: Mapping[str, Any] | None) -> Any:
+    def made(
+        self,
+        steps: int,
+        settings: Mapping[str, Any] | None,
+        layers: loco.Layers | None = None,
+    ) -> Any:
         """With these settings, and the first for those that are not given."""
-        return self.make(steps, **(self.first() | dict(settings or {})))
+        given = {} if layers is None else {"layers": layers}
+        return self.make(steps, **given, **(self.first() | dict(settings or {})))
 
 
 def warmup_then_linear(peak: float, steps: int) -> optax.Schedule:
@@ -89,7 +97,8 @@ def _scheduled(
     """The optimizer with the schedule, its other settings as optax names them."""
 
     def make(steps: int, *, learning_rate: float, **settings: Any):
-        return optimizer(warmup_then_linear(learning_rate, steps), **fixed, **settings)
+        schedule = warmup_then_linear(learning_rate, steps)
+        return optimizer(learning_rate=schedule, **fixed, **settings)
 
     return make
 
@@ -97,6 +106,7 @@ def _scheduled(
 def _locoprop(
     steps: int,
     *,
+    layers: loco.Layers,
     target_damping: float,
     damping: float,
     decays: bool = True,
@@ -106,6 +116,7 @@ def _locoprop(
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop(
+        layers,
         warmup_then_linear(learning_rate, steps) if decays else learning_rate,
         target=loco.targets.natural_gradient(1.0, target_damping),
         solver=loco.solvers.majorized_newton(1, damping, ema=ema, stride=stride),
@@ -116,6 +127,7 @@ def _locoprop(
 def _locoprop_momentum(
     steps: int,
     *,
+    layers: loco.Layers,
     learning_rate: float,
     gamma: float,
     damping: float,
@@ -126,6 +138,7 @@ def _locoprop_momentum(
     fallback_learning_rate: float = 1e-3,
 ) -> optax.GradientTransformation:
     return loco.locoprop_momentum(
+        layers,
         warmup_then_linear(learning_rate, steps),
         target=loco.targets.normalized(gamma),
         solver=loco.solvers.majorized_newton(
@@ -169,8 +182,7 @@ def _to_peer(**fixed: Any) -> Callable[..., dict[str, Any]]:
 
 _soap = _to_peer(optimizer="soap", weight_decay=0.0)
 INTERMEDIATES = frozenset({"intermediates"})
-CURVATURE = frozenset({"intermediates", "curvature"})
-QUARTER = CURVATURE | {"a quarter"}
+QUARTER = INTERMEDIATES | {"a quarter"}
 PAPER: Space = {
     "learning_rate": Range(1e-6, 1e-4, 1e-5),
     "activation_learning_rate": Range(1.0, 100.0, 10.0),
@@ -280,7 +292,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "locoprop (our defaults)",
         _locoprop,
         {**LOCOPROP, "decays": Choice((False, True), False)},
-        needs=CURVATURE,
+        needs=INTERMEDIATES,
     ),
     "locoprop_momentum": Contestant(
         "locoprop_momentum",

@@ -111,10 +111,11 @@ def tasks(data_dir: Path, steps: int, autoencoder_steps: int) -> list[Task]:
     ]
 
 
-def locoprop_and_model(num_steps: int, gamma: float) -> Any:
+def locoprop_and_model(num_steps: int, layers: loco.Layers, gamma: float) -> Any:
     """LocoProp's direction, its length and momentum from the quadratic model."""
     return optax.chain(
         loco.scale_by_locoprop(
+            layers,
             target=loco.targets.normalized(gamma),
             solver=loco.solvers.majorized_newton(num_steps),
         ),
@@ -130,7 +131,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[float], Any], Sequence[float]]] = {
     "Adam": (optax.adam, (1e-4, 3e-4, 1e-3, 3e-3)),
     "CurveBall": (lambda damping: loco.curveball(damping=damping), (1.0, 10.0)),
 }
-RECIPES: dict[str, tuple[Callable[[float], Any], Sequence[float]]] = {
+RECIPES: dict[str, tuple[Callable[[loco.Layers, float], Any], Sequence[float]]] = {
     "LocoProp, 1 step, quadratic model": (partial(locoprop_and_model, 1), (0.5,)),
     "LocoProp, 2 steps, quadratic model": (partial(locoprop_and_model, 2), (0.5,)),
 }
@@ -141,20 +142,23 @@ class Run:
 
     def __init__(self, task: Task, name: str, setting: float, seed: int):
         self.name, self.setting, self.task = name, setting, task
-        tx = optax.with_extra_args_support({**OPTIMIZERS, **RECIPES}[name][0](setting))
         first = task.train[0][: task.batch]
         variables = dict(task.model.init(jax.random.key(seed), first))
         params = variables.pop("params")
-        self.carry = (params, variables, tx.init(params))
         batch = (first, task.train[1][: task.batch])
+        if name in RECIPES:
+            self.layers = loco.layers(self._loss)(params, variables, batch)
+            tx = RECIPES[name][0](self.layers, setting)
+        else:
+            tx = optax.with_extra_args_support(OPTIMIZERS[name][0](setting))
+        self.carry = (params, variables, tx.init(params))
         step = jax.jit(partial(self._step, tx), donate_argnums=0)
         self.step = step.lower(self.carry, batch).compile()
         self.curve: list[dict[str, float]] = []
         self.seconds: list[float] = []
 
-    def _step(self, tx: Any, carry: Any, batch: Any) -> tuple[Any, jax.Array]:
-        params, collections, state = carry
-        functions = loco.linen.model_and_loss(
+    def _functions(self, collections: Any, batch: Any) -> Any:
+        return loco.linen.model_and_loss(
             self.task.model.apply,
             lambda outputs: self.task.loss(outputs, batch[1]),
             batch[0],
@@ -162,20 +166,26 @@ class Run:
             mutable=list(collections),
         )
 
-        def total(params):
-            return functions.loss_fn(functions.model_fn(params))
+    def _loss(self, params: Any, collections: Any, batch: Any) -> jax.Array:
+        functions = self._functions(collections, batch)
+        return functions.loss_fn(functions.model_fn(params))
 
+    def _step(self, tx: Any, carry: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, collections, state = carry
+        functions = self._functions(collections, batch)
         extra: dict[str, Any] = {
             "model_fn": functions.model_fn,
             "loss_fn": functions.loss_fn,
         }
         if self.name in RECIPES:
-            capture = loco.linen.value_and_grad(total)
-            loss, grads, extra["intermediates"] = capture(params)
+            capture = loco.value_and_grad(self._loss, self.layers)
+            found = capture(params, collections, batch)
+            loss, grads, extra["intermediates"] = found
         elif self.name == "CurveBall":
-            loss, grads = total(params), None
+            loss, grads = self._loss(params, collections, batch), None
         else:
-            loss, grads = jax.value_and_grad(total)(params)
+            differentiate = jax.value_and_grad(self._loss)
+            loss, grads = differentiate(params, collections, batch)
         collections = functions.mutated(params)
         updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), collections, state), loss

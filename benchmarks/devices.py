@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,29 +38,22 @@ DEVICES = 8
 EVERYWHERE, ROWS = PartitionSpec(), PartitionSpec("data")
 
 
-class Variant(NamedTuple):
-    """An optimizer, and whether its step needs the loss's curvature."""
-
-    make: Callable[..., optax.GradientTransformation]
-    curvature: bool = False
-
-
-VARIANTS = {
-    "locoprop": Variant(loco.locoprop, curvature=True),
-    "locoprop_momentum": Variant(loco.locoprop_momentum),
-    "locoprop_m": Variant(partial(loco.locoprop_m, 1e-5)),
+VARIANTS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "locoprop": loco.locoprop,
+    "locoprop_momentum": loco.locoprop_momentum,
+    "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-5),
 }
 
 
 def step_of(
     loss_fn: Callable[..., jax.Array],
+    layers: loco.Layers,
     tx: optax.GradientTransformation,
-    curvature: bool,
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """A training step, as the README writes it."""
+    capture = loco.value_and_grad(loss_fn, layers)
 
     def step(params, state, batch):
-        capture = loco.linen.value_and_grad(loss_fn, curvature=curvature)
         loss, grads, intermediates = capture(params, batch)
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return optax.apply_updates(params, updates), state, loss
@@ -83,11 +76,12 @@ def exchanges(batch_size: int) -> list[dict[str, Any]]:
     """The collective operations of a step on a sharded batch, by variant."""
     model, images = Autoencoder((64, 16, 64)), jnp.zeros((batch_size, 784))
     params, mesh = model.init(jax.random.key(0), images)["params"], mesh_of(8, "data")
-    found = []
-    for name, variant in VARIANTS.items():
+    loss_fn, found = partial(reconstruction_loss, model), []
+    layers = loco.layers(loss_fn)(params, images)
+    for name, make in VARIANTS.items():
         for shards_own in (False, True):
-            tx = loco.averaged(variant.make(), "data") if shards_own else variant.make()
-            step = step_of(partial(reconstruction_loss, model), tx, variant.curvature)
+            tx = loco.averaged(make(layers), "data") if shards_own else make(layers)
+            step = step_of(loss_fn, layers, tx)
             if shards_own:
                 step = _by_shards(step, mesh)
             with jax.set_mesh(mesh):
@@ -132,14 +126,14 @@ def shares() -> list[dict[str, Any]]:
         return jax.jit(step).lower(*given).compile().cost_analysis()["flops"]
 
     backprop = operations(jax.value_and_grad(loss_fn), params, x)
-    found = []
+    layers, found = loco.layers(loss_fn)(params, x), []
     for name in ("locoprop_m", "locoprop_momentum"):
         for devices in (1, 2, 4, 8):
-            tx = VARIANTS[name].make(stack_layers="layers")
+            tx = VARIANTS[name](layers, stack_layers="layers")
             mesh = mesh_of(devices, "layers")
             with jax.set_mesh(mesh):
                 given = put((params, tx.init(params), x), mesh, EVERYWHERE)
-                total = operations(step_of(loss_fn, tx, False), *given)
+                total = operations(step_of(loss_fn, layers, tx), *given)
             local = (total - backprop) / backprop
             found.append({"optimizer": name, "devices": devices, "local": local})
     return found
@@ -156,11 +150,12 @@ def train(options: argparse.Namespace, name: str, shards: int, progress: Any) ->
     problem = problem_of(datasets.Images(images, images[:size]), model)
     steps = options.epochs * epoch
     task = make_task(problem, steps=steps, batch_size=size, seed=0)
-    make, curvature = VARIANTS[name]
-    tx = make()
-    step = jax.jit(step_of(partial(reconstruction_loss, model), tx, curvature))
+    loss_fn = partial(reconstruction_loss, model)
+    layers = loco.layers(loss_fn)(task.params, images[:1])
+    tx = VARIANTS[name](layers)
+    step = jax.jit(step_of(loss_fn, layers, tx))
     params, state = task.params, tx.init(task.params)
-    evaluate = jax.jit(partial(reconstruction_loss, model))
+    evaluate = jax.jit(loss_fn)
     losses = []
     bar = progress.add_task(f"{name}, {shards} shards", total=steps)
     for done, rows in enumerate(task.order, 1):

@@ -44,9 +44,7 @@ def described_gpu(target: Path) -> Any:
 
 def compiled_for(device: Any, name: str, task: Task, tuned: Mapping[str, Any]) -> str:
     """The program of a contestant's step, compiled for a device."""
-    contestant = CONTESTANTS[name]
-    tx = contestant.made(len(task.order), tuned)
-    step, there = Step(contestant, task.problem, tx), SingleDeviceSharding(device)
+    step, there = Step.of(CONTESTANTS[name], task, tuned), SingleDeviceSharding(device)
     batch = Examples(*(part[task.order[0]] for part in task.problem.train))
     carry, batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),

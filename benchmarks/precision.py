@@ -17,7 +17,12 @@ from rich.table import Table
 
 import locoprop_optax as loco
 from benchmarks import autoencoder, comparison, report
-from benchmarks.contestants import CONTESTANTS, Contestant, warmup_then_linear
+from benchmarks.contestants import (
+    CONTESTANTS,
+    INTERMEDIATES,
+    Contestant,
+    warmup_then_linear,
+)
 from benchmarks.problem import make_task
 from benchmarks.provenance import provenance
 
@@ -56,11 +61,11 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
             key = f"{name}, bfloat16" if precision else f"{name}, float32"
             CONTESTANTS[key] = Contestant(
                 key,
-                lambda n, make=make, rate=rate, precision=precision: make(
-                    warmup_then_linear(rate, n), precision=precision
+                lambda n, layers, make=make, rate=rate, precision=precision: make(
+                    layers, warmup_then_linear(rate, n), precision=precision
                 ),
                 space={},
-                needs=frozenset({"intermediates"}),
+                needs=INTERMEDIATES,
             )
             names.append(key)
     problem, size = autoencoder.load(options), options.batch_size

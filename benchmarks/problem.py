@@ -33,6 +33,12 @@ class Problem(NamedTuple):
     test: Examples
     measured: int
 
+    def loss(self, params: Any, examples: Examples) -> jax.Array:
+        """The mean loss."""
+        return self.cost(
+            self.model.apply({"params": params}, examples.inputs), examples.targets
+        )
+
 
 class Task(NamedTuple):
     """What all contestants have alike.

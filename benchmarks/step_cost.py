@@ -47,16 +47,20 @@ PEER_SETTINGS = {
     "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
     "kfac": ({"adaptive": True}, {"adaptive": False}),
 }
-Make = Callable[[int], optax.GradientTransformation]
+Make = Callable[[int, loco.Layers], optax.GradientTransformation]
 VARIANTS: dict[str, Make] = {
-    "adam": lambda steps: optax.adam(1e-3),
-    "muon": lambda steps: contrib.muon(1e-3),
-    "locoprop_m": lambda steps: loco.locoprop_m(1e-5, num_local_steps=steps),
-    "locoprop_s": lambda steps: loco.locoprop_s(1e-5, num_local_steps=steps),
-    "locoprop_momentum, 1 step": lambda steps: loco.locoprop_momentum(
-        solver=loco.solvers.majorized_newton(1)
+    "adam": lambda steps, layers: optax.adam(1e-3),
+    "muon": lambda steps, layers: contrib.muon(1e-3),
+    "locoprop_m": lambda steps, layers: loco.locoprop_m(
+        layers, 1e-5, num_local_steps=steps
     ),
-    "locoprop_momentum": lambda steps: loco.locoprop_momentum(),
+    "locoprop_s": lambda steps, layers: loco.locoprop_s(
+        layers, 1e-5, num_local_steps=steps
+    ),
+    "locoprop_momentum, 1 step": lambda steps, layers: loco.locoprop_momentum(
+        layers, solver=loco.solvers.majorized_newton(1)
+    ),
+    "locoprop_momentum": lambda steps, layers: loco.locoprop_momentum(layers),
 }
 
 
@@ -67,21 +71,22 @@ class Step:
         self.model = Autoencoder(hidden=tuple(widths[1:-1]), pixels=widths[-1])
         self.batch = jax.random.uniform(jax.random.key(0), (n, widths[0]))
         params = self.model.init(jax.random.key(1), self.batch[:1])["params"]
-        self.tx, self.variant = VARIANTS[variant](steps), variant
+        self.loss_fn = partial(reconstruction_loss, self.model)
+        layers = loco.layers(self.loss_fn)(params, self.batch)
+        self.capture = loco.value_and_grad(self.loss_fn, layers)
+        self.tx, self.variant = VARIANTS[variant](steps, layers), variant
         self.carry = (params, self.tx.init(params))
 
     def __call__(self, carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         """A training step, as the README writes it."""
         params, state = carry
-        loss_fn = partial(reconstruction_loss, self.model)
         if self.variant.startswith("locoprop"):
-            capture = loco.linen.value_and_grad(loss_fn)
-            loss, grads, intermediates = capture(params, batch)
+            loss, grads, intermediates = self.capture(params, batch)
             updates, state = self.tx.update(
                 grads, state, params, intermediates=intermediates
             )
         else:
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
             updates, state = self.tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
@@ -89,8 +94,8 @@ class Step:
         """What the records of a step take."""
         if not self.variant.startswith("locoprop"):
             return 0
-        capture = loco.linen.value_and_grad(partial(reconstruction_loss, self.model))
-        return _bytes(jax.eval_shape(capture, self.carry[0], self.batch)[2])
+        _, _, intermediates = jax.eval_shape(self.capture, self.carry[0], self.batch)
+        return _bytes(intermediates.layers)
 
     def compile(self) -> Any:
         """Compiles the step, its carry donated."""

@@ -61,10 +61,10 @@ def start(
       ValueError: if a peer has no interpreter.
     """
     contestant = CONTESTANTS[name]
-    made = contestant.made(len(task.order), settings)
     if contestant.peer is None:
-        yield _Local(name, task, made)
+        yield _Local(Step.of(contestant, task, settings), task)
         return
+    made = contestant.made(len(task.order), settings)
     interpreter = (interpreters or {}).get(contestant.peer)
     if interpreter is None:
         raise ValueError(
@@ -73,7 +73,8 @@ def start(
         )
     if contestant.lent:
         with lender.lent(interpreter, contestant.peer, task.params, made) as lent:
-            yield _Local(name, task, lent.optimizer, lent.about)
+            step = Step(contestant, task.problem, lent.optimizer)
+            yield _Local(step, task, lent.about)
         return
     with peer.start(interpreter, contestant.peer, task, made) as running:
         yield _Remote(running)
@@ -109,37 +110,45 @@ class Step:
       contestant: says what the optimizer needs.
       problem: what to learn.
       tx: the optimizer.
+      layers: of the loss, if the optimizer takes intermediates.
     """
 
     contestant: Contestant
     problem: Problem
     tx: optax.GradientTransformation
+    layers: loco.Layers | None = None
+
+    @classmethod
+    def of(
+        cls, contestant: Contestant, task: Task, settings: Mapping[str, Any] | None
+    ) -> "Step":
+        """That of an optimizer of this process, made for the layers of the loss."""
+        problem, layers = task.problem, None
+        if "intermediates" in contestant.needs:
+            batch = Examples(*(jnp.asarray(p[task.order[0]]) for p in problem.train))
+            layers = loco.layers(problem.loss)(task.params, batch)
+        tx = contestant.made(len(task.order), settings, layers)
+        return cls(contestant, problem, tx, layers)
 
     def init(self, params: Any) -> tuple[Any, Any]:
         """The parameters and the optimizer's state."""
         return params, self.tx.init(params)
-
-    def loss(self, params: Any, examples: Examples) -> jax.Array:
-        """The mean loss."""
-        outputs = self.problem.model.apply({"params": params}, examples.inputs)
-        return self.problem.cost(outputs, examples.targets)
 
     def __call__(self, carry: Any, batch: Examples) -> tuple[Any, jax.Array]:
         """From parameters and state to the next, and the loss before."""
         params, state = carry
         needs, problem = self.contestant.needs, self.problem
         extra: dict[str, Any] = {}
-        if "intermediates" in needs:
-            whole = "curvature" in needs and "a quarter" not in needs
-            capture = loco.linen.value_and_grad(self.loss, curvature=whole)
-            loss, grads, extra["intermediates"] = capture(params, batch)
+        if self.layers is None:
+            loss, grads = jax.value_and_grad(problem.loss)(params, batch)
         else:
-            loss, grads = jax.value_and_grad(self.loss)(params, batch)
-        if "a quarter" in needs:
-            quarter = Examples(*(part[: -(-len(part) // 4)] for part in batch))
-            capture = loco.linen.value_and_grad(self.loss, curvature=True)
-            _, _, part = capture(params, quarter)
-            extra["intermediates"] = loco.add_curvature(extra["intermediates"], part)
+            capture = loco.value_and_grad(problem.loss, self.layers)
+            loss, grads, intermediates = capture(params, batch)
+            if "a quarter" in needs:
+                quarter = Examples(*(part[: -(-len(part) // 4)] for part in batch))
+                _, _, part = capture(params, quarter)
+                intermediates = loco.add_curvature(intermediates, part)
+            extra["intermediates"] = intermediates
         if "functions" in needs:
             functions = loco.linen.model_and_loss(
                 problem.model.apply,
@@ -148,7 +157,7 @@ class Step:
             )
             extra |= {"model_fn": functions.model_fn, "loss_fn": functions.loss_fn}
         if "value" in needs:
-            value_fn = partial(self.loss, examples=batch)
+            value_fn = partial(problem.loss, examples=batch)
             extra |= {"value": loss, "grad": grads, "value_fn": value_fn}
         tx = optax.with_extra_args_support(self.tx)
         updates, state = tx.update(grads, state, params, **extra)
@@ -164,9 +173,8 @@ class _Local:
 
     def __init__(
         self,
-        name: str,
+        step: Step,
         task: Task,
-        tx: optax.GradientTransformation,
         about: Callable[[], dict[str, Any]] = dict,
     ):
         self._about, self._task, self._done = about, task, 0
@@ -174,12 +182,11 @@ class _Local:
             Examples(*map(jnp.asarray, examples))
             for examples in (task.problem.train, task.problem.test)
         )
-        step = Step(CONTESTANTS[name], task.problem, tx)
         self._carry = jax.tree.map(jnp.copy, step.init(task.params))
         began = time.perf_counter()
         self._compiled = step.compile(self._carry, _at(self._train, task.order[0]))
         self._compile_seconds = time.perf_counter() - began
-        self._loss = jax.jit(step.loss)
+        self._loss = jax.jit(task.problem.loss)
 
     def train(self, steps: int) -> Trained:
         """Takes the next steps."""

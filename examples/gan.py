@@ -55,19 +55,28 @@ class Players(NamedTuple):
     discriminator: loco.linen.TrainState
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
-    """AdamW and LocoProp, for both players alike."""
-    schedule = partial(_training.warm_up_and_decay, steps=steps)
-    return {
-        "AdamW": optax.adamw(schedule(1e-3), b1=0.5),
-        "LocoProp": loco.locoprop_momentum(
-            schedule(0.1),
-            target=loco.targets.normalized(0.05),
-            solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
-            momentum=0.5,
-            fallback=optax.adamw(schedule(1e-3), b1=0.5),
-        ),
-    }
+class PlayersLayers(NamedTuple):
+    """The layers of both losses."""
+
+    generator: loco.Layers
+    discriminator: loco.Layers
+
+
+def adamw(steps: int) -> optax.GradientTransformation:
+    """For either player."""
+    return optax.adamw(_training.warm_up_and_decay(1e-3, steps), b1=0.5)
+
+
+def locoprop(steps: int, layers: loco.Layers) -> optax.GradientTransformation:
+    """For the player whose layers these are."""
+    return loco.locoprop_momentum(
+        layers,
+        _training.warm_up_and_decay(0.1, steps),
+        target=loco.targets.normalized(0.05),
+        solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
+        momentum=0.5,
+        fallback=adamw(steps),
+    )
 
 
 def generator_loss(params, players: Players, codes: jax.Array) -> jax.Array:
@@ -89,9 +98,9 @@ def discriminator_loss(
     return jnp.mean(on_real) + jnp.mean(on_fake)
 
 
-def step_of(player: loco.linen.TrainState, loss_fn, *args):
+def step_of(player: loco.linen.TrainState, loss_fn, layers: loco.Layers, *args):
     """One step of one player; AdamW ignores the intermediates."""
-    capture = loco.linen.value_and_grad(loss_fn)
+    capture = loco.value_and_grad(loss_fn, layers)
     loss, grads, intermediates = capture(player.params, *args)
     return player.apply_gradients(grads=grads, intermediates=intermediates), loss
 
@@ -102,17 +111,28 @@ def draw(seed: int, step: int | jax.Array, count: int) -> jax.Array:
     return jax.random.normal(key, (count, CODE))
 
 
-@jax.jit
-def train_step(players: Players, images: jax.Array):
+@partial(jax.jit, static_argnames="layers")
+def train_step(players: Players, images: jax.Array, layers: PlayersLayers):
     """One step of both players, each against the other as it was before."""
     generator, discriminator = players
     codes = draw(1, generator.step, len(images))
-    generator, g_loss = step_of(generator, generator_loss, players, codes)
+    generator, g_loss = step_of(
+        generator, generator_loss, layers.generator, players, codes
+    )
     discriminator, d_loss = step_of(
-        discriminator, discriminator_loss, players, images, codes
+        discriminator, discriminator_loss, layers.discriminator, players, images, codes
     )
     losses = {"generator": g_loss, "discriminator": d_loss}
     return Players(generator, discriminator), losses
+
+
+def layers_of(players: Players, images: jax.Array, codes: jax.Array) -> PlayersLayers:
+    """The layers of both losses, whatever the players' optimizers."""
+    generator, discriminator = (player.params for player in players)
+    return PlayersLayers(
+        loco.layers(generator_loss)(generator, players, codes),
+        loco.layers(discriminator_loss)(discriminator, players, images, codes),
+    )
 
 
 @jax.jit
@@ -135,12 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     options = _training.parse(__doc__, arguments, steps=200, batch_size=64, width=8)
     data = _training.images(options.data_dir)
     models = Generator(options.width), Discriminator(options.width)
-    inputs = draw(0, 0, 1), data.train[0][:1]
+    codes, images = inputs = draw(0, 0, 1), data.train[0][:1]
+    baseline = Players(*map(start, models, inputs, 2 * [adamw(options.steps)]))
+    layers = layers_of(baseline, images, codes)
+    ours = (locoprop(options.steps, found) for found in layers)
     states = {
-        name: Players(*(start(m, x, tx) for m, x in zip(models, inputs, strict=True)))
-        for name, tx in optimizers(options.steps).items()
+        "AdamW": baseline,
+        "LocoProp": Players(*map(start, models, inputs, ours)),
     }
-    return _training.compare(states, train_step, evaluate, data, options)
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,15 @@ class State(loco.linen.TrainState):
     batch_stats: Any
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    steps: int, layers: loco.Layers
+) -> dict[str, optax.GradientTransformation]:
     """AdamW and LocoProp, each with its best settings of those we tried."""
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(6e-2)),
         "LocoProp": loco.locoprop_momentum(
+            layers,
             schedule(0.1),
             target=loco.targets.normalized(0.5),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
@@ -79,19 +82,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@jax.jit
-def train_step(state, images, labels):
+def training_loss(apply_fn, params, batch_stats, images, labels):
+    """The loss with the statistics of the batch, and the running ones after it."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, updated = apply_fn(variables, images, train=True, mutable=["batch_stats"])
+    return cross_entropy(logits, labels), updated
+
+
+@partial(jax.jit, static_argnames="layers")
+def train_step(state, images, labels, layers: loco.Layers):
     """One step; AdamW has no use for the intermediates, and ignores them."""
-
-    def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = state.apply_fn(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
-        return cross_entropy(logits, labels), updated
-
-    capture = loco.linen.value_and_grad(loss_fn, has_aux=True)
-    (loss, updated), grads, intermediates = capture(state.params)
+    loss_fn = partial(training_loss, state.apply_fn)
+    capture = loco.value_and_grad(loss_fn, layers, has_aux=True)
+    (loss, updated), grads, intermediates = capture(
+        state.params, state.batch_stats, images, labels
+    )
     state = state.apply_gradients(grads=grads, intermediates=intermediates, **updated)
     return state, {"loss": loss}
 
@@ -109,12 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     options = _training.parse(__doc__, arguments, steps=200, batch_size=128, width=8)
     data = _training.labeled_images(options.data_dir)
     model = ResNet(options.width)
-    variables = model.init(jax.random.key(0), data.train[0][:1], train=False)
+    batch = [part[:2] for part in data.train]
+    variables = model.init(jax.random.key(0), batch[0], train=False)
+    find_layers = loco.layers(partial(training_loss, model.apply), has_aux=True)
+    layers = find_layers(variables["params"], variables["batch_stats"], *batch)
     states = {
         name: State.create(apply_fn=model.apply, tx=tx, **variables)
-        for name, tx in optimizers(options.steps).items()
+        for name, tx in optimizers(options.steps, layers).items()
     }
-    return _training.compare(states, train_step, evaluate, data, options)
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,15 @@ class ResNet(nnx.Module):
         return self.classifier(x.mean((1, 2)))
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    steps: int, layers: loco.Layers
+) -> dict[str, optax.GradientTransformation]:
     """AdamW and LocoProp, with the settings found for `resnet_linen`."""
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(6e-2)),
         "LocoProp": loco.locoprop_momentum(
+            layers,
             schedule(0.1),
             target=loco.targets.normalized(0.5),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
@@ -76,11 +79,12 @@ def loss_fn(model: ResNet, images: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@nnx.jit
-def train_step(state, images, labels):
+@partial(nnx.jit, static_argnames="layers")
+def train_step(state, images, labels, layers: loco.Layers):
     """One step; AdamW has no use for the intermediates, and ignores them."""
     model, optimizer = state
-    loss, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, images, labels)
+    capture = loco.nnx.value_and_grad(loss_fn, layers)
+    loss, grads, intermediates = capture(model, images, labels)
     optimizer.update(model, grads, intermediates=intermediates)
     return state, {"loss": loss}
 
@@ -103,10 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     """Trains with each optimizer."""
     options = _training.parse(__doc__, arguments, steps=200, batch_size=128, width=8)
     data = _training.labeled_images(options.data_dir)
+    batch = [part[:2] for part in data.train]
+    layers = loco.nnx.layers(loss_fn)(ResNet(options.width, nnx.Rngs(0)), *batch)
     states = {
-        name: start(options.width, tx) for name, tx in optimizers(options.steps).items()
+        name: start(options.width, tx)
+        for name, tx in optimizers(options.steps, layers).items()
     }
-    return _training.compare(states, train_step, evaluate, data, options)
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

@@ -68,23 +68,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_rows = NamedSharding(mesh, PartitionSpec("data"))
     images = curves(jax.random.key(0), 1000)
-    model, tx = Autoencoder(tuple(options.hidden)), loco.locoprop_momentum()
+    model = Autoencoder(tuple(options.hidden))
     loss_fn = partial(reconstruction_loss, model)
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def start():
+        return model.init(jax.random.key(0), images[:1])["params"]
+
+    params = start()
+    layers = loco.layers(loss_fn)(params, images[:1])
+    tx = loco.locoprop_momentum(layers)
+    capture = loco.value_and_grad(loss_fn, layers)
 
     @jax.jit
     def train_step(params, opt_state, images):
-        loss, grads, intermediates = loco.linen.value_and_grad(loss_fn)(params, images)
+        loss, grads, intermediates = capture(params, images)
         updates, opt_state = tx.update(
             grads, opt_state, params, intermediates=intermediates
         )
         return optax.apply_updates(params, updates), opt_state, loss
 
-    @partial(jax.jit, out_shardings=everywhere)
-    def start():
-        params = model.init(jax.random.key(0), images[:1])["params"]
-        return {"params": params, "opt_state": tx.init(params)}
-
-    state, step = start(), 0
+    opt_state = jax.jit(tx.init, out_shardings=everywhere)(params)
+    state, step = {"params": params, "opt_state": opt_state}, 0
     manager = ocp.CheckpointManager(
         options.folder.absolute(),
         item_handlers=ocp.StandardCheckpointHandler(),

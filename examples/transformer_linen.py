@@ -57,12 +57,15 @@ class Transformer(nn.Module):
         return nn.Dense(self.characters, name="logits")(nn.LayerNorm()(x))
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    steps: int, layers: loco.Layers
+) -> dict[str, optax.GradientTransformation]:
     """AdamW and LocoProp, each with its best settings of those we tried."""
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(1e-2)),
         "LocoProp": loco.locoprop_momentum(
+            layers,
             schedule(0.1),
             target=loco.targets.normalized(0.2),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.03),
@@ -78,11 +81,11 @@ def next_character_loss(apply_fn, params, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-@jax.jit
-def train_step(state, windows):
+@partial(jax.jit, static_argnames="layers")
+def train_step(state, windows, layers: loco.Layers):
     """One step; AdamW has no use for the intermediates, and ignores them."""
     loss_fn = partial(next_character_loss, state.apply_fn)
-    capture = loco.linen.value_and_grad(loss_fn)
+    capture = loco.value_and_grad(loss_fn, layers)
     loss, grads, intermediates = capture(state.params, windows)
     state = state.apply_gradients(grads=grads, intermediates=intermediates)
     return state, {"loss": loss}
@@ -99,10 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     options = _training.parse(__doc__, arguments, steps=200, batch_size=64, width=64)
     data, characters = _training.text(options.data_dir, CONTEXT + 1)
     model = Transformer(characters, options.width)
-    params = model.init(jax.random.key(0), data.train[0][:1, :-1])["params"]
+    windows = data.train[0][:1]
+    params = model.init(jax.random.key(0), windows[:, :-1])["params"]
+    layers = loco.layers(partial(next_character_loss, model.apply))(params, windows)
     create = partial(loco.linen.TrainState.create, apply_fn=model.apply, params=params)
-    states = {name: create(tx=tx) for name, tx in optimizers(options.steps).items()}
-    return _training.compare(states, train_step, evaluate, data, options)
+    made = optimizers(options.steps, layers)
+    states = {name: create(tx=tx) for name, tx in made.items()}
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,15 @@ class Transformer(nnx.Module):
         return self.logits(self.norm(x))
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    steps: int, layers: loco.Layers
+) -> dict[str, optax.GradientTransformation]:
     """AdamW and LocoProp, with the settings found for `transformer_linen`."""
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(1e-2)),
         "LocoProp": loco.locoprop_momentum(
+            layers,
             schedule(0.1),
             target=loco.targets.normalized(0.2),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.03),
@@ -72,11 +75,12 @@ def loss_fn(model: Transformer, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-@nnx.jit
-def train_step(state, windows):
+@partial(nnx.jit, static_argnames="layers")
+def train_step(state, windows, layers: loco.Layers):
     """One step; AdamW has no use for the intermediates, and ignores them."""
     model, optimizer = state
-    loss, grads, intermediates = loco.nnx.value_and_grad(loss_fn)(model, windows)
+    capture = loco.nnx.value_and_grad(loss_fn, layers)
+    loss, grads, intermediates = capture(model, windows)
     optimizer.update(model, grads, intermediates=intermediates)
     return state, {"loss": loss}
 
@@ -99,11 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     """Trains with each optimizer."""
     options = _training.parse(__doc__, arguments, steps=200, batch_size=64, width=64)
     data, characters = _training.text(options.data_dir, CONTEXT + 1)
+    model = Transformer(characters, options.width, nnx.Rngs(0))
+    layers = loco.nnx.layers(loss_fn)(model, data.train[0][:1])
     states = {
         name: start(characters, options.width, tx)
-        for name, tx in optimizers(options.steps).items()
+        for name, tx in optimizers(options.steps, layers).items()
     }
-    return _training.compare(states, train_step, evaluate, data, options)
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,15 @@ class Autoencoder(nn.Module):
         return logits.reshape(images.shape), mean, log_variance
 
 
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    steps: int, layers: loco.Layers
+) -> dict[str, optax.GradientTransformation]:
     """AdamW and LocoProp, each with its best settings of those we tried."""
     schedule = partial(_training.warm_up_and_decay, steps=steps)
     return {
         "AdamW": optax.adamw(schedule(3e-3)),
         "LocoProp": loco.locoprop_momentum(
+            layers,
             schedule(0.03),
             target=loco.targets.normalized(0.2),
             solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
@@ -78,12 +81,12 @@ def negative_bound(apply_fn, params, images, key) -> jax.Array:
     return (jnp.sum(pixels) + jnp.sum(divergence)) / len(images)
 
 
-@jax.jit
-def train_step(state, images):
+@partial(jax.jit, static_argnames="layers")
+def train_step(state, images, layers: loco.Layers):
     """One step; AdamW has no use for the intermediates, and ignores them."""
     key = jax.random.fold_in(jax.random.key(1), state.step)
     loss_fn = partial(negative_bound, state.apply_fn)
-    capture = loco.linen.value_and_grad(loss_fn)
+    capture = loco.value_and_grad(loss_fn, layers)
     loss, grads, intermediates = capture(state.params, images, key)
     state = state.apply_gradients(grads=grads, intermediates=intermediates)
     return state, {"loss": loss}
@@ -102,10 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     data = _training.images(options.data_dir)
     model = Autoencoder(options.width)
     key = jax.random.key(0)
-    params = model.init(key, data.train[0][:1], key)["params"]
+    images = data.train[0][:1]
+    params = model.init(key, images, key)["params"]
+    layers = loco.layers(partial(negative_bound, model.apply))(params, images, key)
     create = partial(loco.linen.TrainState.create, apply_fn=model.apply, params=params)
-    states = {name: create(tx=tx) for name, tx in optimizers(options.steps).items()}
-    return _training.compare(states, train_step, evaluate, data, options)
+    made = optimizers(options.steps, layers)
+    states = {name: create(tx=tx) for name, tx in made.items()}
+    step = partial(train_step, layers=layers)
+    return _training.compare(states, step, evaluate, data, options)
 
 
 if __name__ == "__main__":

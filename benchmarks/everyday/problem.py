@@ -35,8 +35,9 @@ class Problem(NamedTuple):
       init: from a key to (parameters, other variables).
       loss: from (parameters, others, batch) to (loss, others), as in training.
       evaluate: from (parameters, others, examples) to the loss, as in use.
-      capture: as `loss`, to (loss, gradients, intermediates, others); its last argument
-        says whether the intermediates have the loss's curvature.
+      layers: as `loss`, to the layers.
+      capture: from (layers, parameters, others, batch) to (loss, gradients,
+        intermediates, others).
       apart: whether no constant was chosen on it.
     """
 
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     init: Callable[[jax.Array], tuple[Any, Any]]
     loss: Callable[..., tuple[jax.Array, Any]]
     evaluate: Callable[..., jax.Array]
+    layers: Callable[..., loco.Layers]
     capture: Callable[..., tuple[jax.Array, Any, loco.Intermediates, Any]]
     apart: bool = False
 
@@ -96,12 +98,14 @@ def in_linen(
         outputs = model.apply({"params": params, **others}, batch[0], **options(False))
         return cost(outputs, *batch[1:])
 
-    def capture(params, others, batch, curvature):
-        capture = loco.linen.value_and_grad(loss, has_aux=True, curvature=curvature)
-        (value, changed), grads, intermediates = capture(params, others, batch)
+    def capture(layers, params, others, batch):
+        differentiate = loco.value_and_grad(loss, layers, has_aux=True)
+        (value, changed), grads, intermediates = differentiate(params, others, batch)
         return value, grads, intermediates, changed
 
-    return Problem(name, data, batch_size, steps, init, loss, evaluate, capture, apart)
+    layers = loco.layers(loss, has_aux=True)
+    functions = init, loss, evaluate, layers, capture
+    return Problem(name, data, batch_size, steps, *functions, apart)
 
 
 def in_nnx(
@@ -138,9 +142,12 @@ def in_nnx(
     def loss(params, others, batch):
         return evaluate(params, others, batch), others
 
-    def capture(params, others, batch, curvature):
-        capture = loco.nnx.value_and_grad(cost_of, curvature=curvature)
-        model = nnx.merge(graph, params, others)
-        return *capture(model, batch), others
+    def layers(params, others, batch):
+        return loco.nnx.layers(cost_of)(nnx.merge(graph, params, others), batch)
 
-    return Problem(name, data, batch_size, steps, init, loss, evaluate, capture)
+    def capture(layers, params, others, batch):
+        differentiate = loco.nnx.value_and_grad(cost_of, layers)
+        return *differentiate(nnx.merge(graph, params, others), batch), others
+
+    functions = init, loss, evaluate, layers, capture
+    return Problem(name, data, batch_size, steps, *functions)

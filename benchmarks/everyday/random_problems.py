@@ -170,8 +170,9 @@ def train(drawn: Architecture, optimizer: str, draw: Draws) -> dict[str, jax.Arr
     keys = jax.random.split(jax.random.key(draw.seed), 4)
     x = jax.random.normal(keys[0], (ROWS, drawn.inputs))
     y, x = targets_of(keys[1], x, drawn, draw.noise), draw.scale * x
-    network, tx = Network(drawn), OPTIMIZERS[optimizer]()
+    network = Network(drawn)
     params = network.init(keys[2], x[:2])["params"]
+    rows = jax.random.randint(keys[3], (STEPS, drawn.batch_size), 0, ROWS)
 
     def loss_fn(params, rows):
         variables = {"params": params}
@@ -181,7 +182,8 @@ def train(drawn: Architecture, optimizer: str, draw: Draws) -> dict[str, jax.Arr
             loss += draw.penalty * optax.tree.norm(params, squared=True)
         return loss
 
-    capture = loco.linen.value_and_grad(loss_fn, curvature=optimizer == "locoprop")
+    layers = loco.layers(loss_fn)(params, rows[0])
+    capture, tx = loco.value_and_grad(loss_fn, layers), OPTIMIZERS[optimizer](layers)
 
     def step(carry, rows):
         params, state = carry
@@ -189,7 +191,6 @@ def train(drawn: Architecture, optimizer: str, draw: Draws) -> dict[str, jax.Arr
         updates, state = tx.update(grads, state, params, intermediates=intermediates)
         return (optax.apply_updates(params, updates), state), loss
 
-    rows = jax.random.randint(keys[3], (STEPS, drawn.batch_size), 0, ROWS)
     start = loss_fn(params, jnp.arange(ROWS))
     (params, state), losses = jax.lax.scan(step, (params, tx.init(params)), rows)
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]

@@ -21,17 +21,16 @@ class Contestant(NamedTuple):
 
     Attributes:
       label: what tables and pictures call it.
-      make: from a learning rate, a schedule, to the optimizer.
+      make: from a learning rate, a schedule, to the optimizer; or from the layers, if
+        it captures.
       rates: the peaks of the schedule that are tried; none if there is nothing to set.
       captures: whether it takes intermediates.
-      curvature: whether they hold the loss's.
     """
 
     label: str
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...] = ()
     captures: bool = False
-    curvature: bool = False
 
 
 def _muon(schedule: Any) -> optax.GradientTransformation:
@@ -43,11 +42,9 @@ def _muon(schedule: Any) -> optax.GradientTransformation:
 
 
 CONTESTANTS = {
-    "locoprop": Contestant(
-        "locoprop", lambda _: loco.locoprop(), captures=True, curvature=True
-    ),
+    "locoprop": Contestant("locoprop", loco.locoprop, captures=True),
     "locoprop_momentum": Contestant(
-        "locoprop_momentum", lambda _: loco.locoprop_momentum(), captures=True
+        "locoprop_momentum", loco.locoprop_momentum, captures=True
     ),
     "adamw": Contestant("AdamW", optax.adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
     "muon": Contestant("Muon, Adam for the rest", _muon, (0.003, 0.01, 0.03, 0.1)),
@@ -89,8 +86,9 @@ class Trainer:
         self._evaluate = jax.jit(problem.evaluate)
         self._start = jax.jit(self._init)
         self._data = [tuple(map(jnp.asarray, part)) for part in problem.data]
-        shapes = jax.eval_shape(self._start, jax.random.key(0))
         rows = np.arange(problem.batch_size)
+        self._layers = self._find(rows) if contestant.captures else None
+        shapes = jax.eval_shape(self._start, jax.random.key(0))
         began = time.perf_counter()
         self._step = (
             jax.jit(self._advance, donate_argnums=0)
@@ -99,11 +97,16 @@ class Trainer:
         )
         self.compile_seconds = time.perf_counter() - began
 
+    def _find(self, rows: Any) -> loco.Layers:
+        params, others = jax.jit(self._problem.init)(jax.random.key(0))
+        batch = tuple(part[rows] for part in self._data[0])
+        return self._problem.layers(params, others, batch)
+
     def _optimizer(self, rate: Any, steps: Any) -> optax.GradientTransformation:
         def cosine(count):
             return rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / steps, 1)))
 
-        return self._contestant.make(cosine)
+        return self._contestant.make(cosine if self._layers is None else self._layers)
 
     def _init(self, key: jax.Array) -> Any:
         params, others = self._problem.init(key)
@@ -116,9 +119,9 @@ class Trainer:
         batch = tuple(part[rows] for part in examples)
         tx = self._optimizer(rate, steps)
         problem, extra = self._problem, {}
-        if self._contestant.captures:
+        if self._layers is not None:
             loss, grads, extra["intermediates"], others = problem.capture(
-                params, others, batch, self._contestant.curvature
+                self._layers, params, others, batch
             )
         else:
             differentiate = jax.value_and_grad(problem.loss, has_aux=True)
