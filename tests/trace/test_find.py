@@ -296,6 +296,19 @@ def test_layers_are_the_same_for_batches_of_other_sizes():
     )
 
 
+def test_layers_are_the_same_under_jit():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.leaky_relu(nn.Dense(6)(x), 0.3)
+            return nn.RNN(nn.GRUCell(5))(nn.Conv(4, (2,))(x[None]))
+
+    loss_fn, params = loss_of(Model())
+    found = []
+    jax.make_jaxpr(lambda p: found.append(loco.layers(loss_fn)(p)))(params)
+    assert found == [loco.layers(loss_fn)(params)]
+
+
 def test_another_loss_than_the_layers_were_found_in():
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)

@@ -66,7 +66,7 @@ def model_fn(params, x=X):
 
 
 def captured(cost, params=PARAMS):
-    return capture(lambda p: cost(model_fn(p)))(params)
+    return jax.jit(capture(lambda p: cost(model_fn(p))))(params)
 
 
 def change_of(params, seed=4):
@@ -363,14 +363,19 @@ def test_the_curvature_of_any_convex_loss_is_its_hessian(name):
     )
 
 
+def pseudo_huber(outputs):
+    """Convex, and the matching loss of nothing that has a name."""
+    return jnp.mean(jnp.sqrt(1 + (outputs - TARGETS) ** 2))
+
+
 def test_elementwise_losses_have_their_curvature_sampled():
     """The squares of the sampled cotangents are n-ths of the Hessian's diagonal."""
     (layer,) = (
-        capture(lambda p: CONVEX["log-cosh"](X @ p["w"]))({"w": jnp.ones((5, 3))})[2]
+        capture(lambda p: pseudo_huber(X @ p["w"]))({"w": jnp.ones((5, 3))})[2]
         .sampled()
         .layers.values()
     )
-    hessian = 1 - jnp.tanh(layer.preactivations - TARGETS) ** 2
+    hessian = (1 + (layer.preactivations - TARGETS) ** 2) ** -1.5
     hessian /= layer.preactivations.size
     np.testing.assert_allclose(layer.sampled_cotangents**2 * 12, hessian, rtol=1e-4)
 
@@ -380,6 +385,11 @@ def test_a_soft_cap_moves_the_cut_behind_it():
     assert outputs_of(traced) == ([(12, 3)], ["softmax"])
     plain = cut_of(lambda p: classes(model_fn(p)), PARAMS)
     assert cut_in(traced).values[0] > cut_in(plain).values[0]
+
+
+def test_a_fixed_temperature_is_before_the_cut_too():
+    traced = cut_of(lambda p: classes(model_fn(p) / 0.7), PARAMS)
+    assert outputs_of(traced) == ([(12, 3)], ["softmax"])
 
 
 def test_a_learned_temperature_is_before_the_cut():

@@ -32,7 +32,8 @@ def find_cut(
     """Cuts a loss, whose first inputs are so many parameters.
 
     Behind the cut no parameter meets an activation but in a sum. If the rest of the
-    loss is not convex there, the cut moves on.
+    loss is not convex there, the cut moves on; it also does so, behind a temperature
+    for instance, to where the loss is a matching loss.
 
     Args:
       graph: the loss.
@@ -42,19 +43,24 @@ def find_cut(
     """
     parameters = {number: at for at, number in enumerate(graph.inputs[:count])}
     known = [t for t in known_transfers().values() if t.conjugate is not None]
+    first: Cut | None = None
     with jax.ensure_compile_time_eval(), off_mesh():
         for values, params in _places(graph, reading, parameters):
             transfers = tuple(
                 matched.get(value) or matching_of_loss(graph, value, set(values), known)
                 for value in values
             )
+            matches = all(transfers)
+            if first is not None and not matches:
+                continue
             numbers = [graph.inputs[at] for at in params]
-            if (all(transfers) and not params) or _is_convex(
-                graph, [*values, *numbers]
-            ):
+            if (matches and not params) or _is_convex(graph, [*values, *numbers]):
                 places = tuple(map(graph.place_of, values))
-                return Cut(places, params, transfers, len(graph.equations))
-    return Cut((), (), (), len(graph.equations))
+                cut = Cut(places, params, transfers, len(graph.equations))
+                if matches:
+                    return cut
+                first = cut
+    return first or Cut((), (), (), len(graph.equations))
 
 
 def _places(
