@@ -270,3 +270,10 @@ def test_joining_different_layers_names_them():
         loco.join_intermediates(whole, part)
     with pytest.raises(ValueError, match="at least one part"):
         loco.join_intermediates()
+
+
+def test_joining_parts_of_unequal_size():
+    halves = jax.tree.map(lambda leaf: leaf[:3], BATCH), BATCH
+    parts = [loco.value_and_grad(LOSS, LAYERS)(PARAMS, half)[2] for half in halves]
+    with pytest.raises(ValueError, match=r"the shapes \(3, 5\), \(8, 5\), expected"):
+        loco.join_intermediates(*parts)

@@ -167,7 +167,7 @@ def join_intermediates(*parts: Intermediates) -> Intermediates:
       The intermediates of the large batch.
 
     Raises:
-      ValueError: if there is no part, or the parts' layers differ.
+      ValueError: if there is no part, the parts' layers differ, or their sizes do.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -184,6 +184,14 @@ def join_intermediates(*parts: Intermediates) -> Intermediates:
     if not parts:
         raise ValueError("join_intermediates needs at least one part.")
     _check_same_layers(*parts)
+    for path in parts[0].layers:
+        shapes = {part.layers[path].preactivations.shape for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Layer {path!r}: the parts have pre-activations of the shapes "
+                f"{', '.join(map(str, sorted(shapes)))}, expected equal ones: the mean "
+                "of the gradients of parts of unequal size is not that of the batch."
+            )
     models = [p.gauss_newton for p in parts if p.gauss_newton is not None]
     joined = None
     if len(models) == len(parts):
