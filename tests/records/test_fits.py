@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -98,3 +99,20 @@ def test_the_check_finds_a_record_that_is_wrong():
     broken = loco.Intermediates(records)
     with pytest.raises(ValueError, match="'first/kernel': the gradient that follows"):
         loco.check_intermediates(layers, params, grads, broken)
+
+
+def test_what_rounding_leaves_of_a_gradient_is_no_error():
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    x = jnp.concatenate([x, -x])
+    params = {"w": jnp.ones((5, 3))}
+
+    def loss_fn(params):
+        return 1e4 * jnp.sum(x @ params["w"])
+
+    layers = loco.layers(loss_fn)(params)
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    nudged = jax.tree.map(lambda g: g + 1e-3, grads)
+    loco.check_intermediates(layers, params, nudged, intermediates)
+    wrong = jax.tree.map(lambda g: g + 1e2, grads)
+    with pytest.raises(ValueError, match="'w': the gradient that follows"):
+        loco.check_intermediates(layers, params, wrong, intermediates)
