@@ -6,6 +6,7 @@ from functools import cache, partial
 import chex
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -105,6 +106,33 @@ def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind
     for leaf in jax.tree.leaves((together, state)):
         assert leaf.sharding.is_fully_replicated
     assert len(traces) <= 2  # the state's placement is settled by the first step
+
+
+ENTROPIES = {
+    "sigmoid": lambda outputs, y: jnp.sum(
+        optax.sigmoid_binary_cross_entropy(outputs, jax.nn.sigmoid(y)), axis=-1
+    ),
+    "integer labels": lambda outputs, y: (
+        optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.argmax(y, axis=-1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTROPIES)
+def test_cross_entropies_on_explicit_axes(name):
+    model = MLP()
+    _, params, batch = regression(model, batch=16)
+
+    def loss_fn(params, batch):
+        outputs = model.apply({"params": params}, batch[0])
+        return jnp.mean(ENTROPIES[name](outputs, batch[1]))
+
+    losses, *_ = train(loss_fn, params, batch, loco.locoprop, steps=3)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params, batch = placed(params, mesh), placed(batch, mesh, "data")
+        spread, *_ = train(loss_fn, params, batch, loco.locoprop, steps=3)
+    np.testing.assert_allclose(spread, losses, rtol=1e-4)
 
 
 def collectives(loss_fn, params, batch, make):
