@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ settings.register_profile("explore", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+gc.set_threshold(50_000, 20, 20)  # what is compiled lives on; look at it rarely
 jax.config.update("jax_num_cpu_devices", 8)  # simulated, for tests of sharding
 
 

@@ -444,15 +444,38 @@ def by_weight(expected):
     }
 
 
-@pytest.mark.parametrize("name", LINEN)
+SLOW = {  # what others show as well
+    "conv, strides and VALID",
+    "conv, dilation",
+    "conv, lists",
+    "conv 1d",
+    "conv 3d",
+    "conv transpose",
+    "dense without bias",
+    "einsum",
+    "linear without bias",
+    "linear general",
+    "one example",
+    "remat",
+    "jit",
+    "norm without kernel",
+}
+
+
+def quick_or_slow(names):
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow) if n in SLOW else n for n in names]
+
+
+@pytest.mark.parametrize("name", quick_or_slow(LINEN))
 def test_linen(name):
     case = LINEN[name]()
-    layers, _ = assert_captured(case.loss_fn, case.params)
+    layers, _ = assert_captured(case.loss_fn, case.params, solves=True)
     names = {layer.path: layer.transfer.name for layer in layers}
     assert names == by_weight(case.expected)
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", quick_or_slow(NNX))
 def test_nnx(name):
     build, expected, x = NNX[name]
 

@@ -351,7 +351,7 @@ def test_convex_losses_are_cut_at_the_last_layer(name):
     assert cut_in(traced).params == ()
 
 
-@pytest.mark.parametrize("name", ["huber", "log-cosh", "poisson", "z-loss"])
+@pytest.mark.parametrize("name", ["huber", "z-loss"])
 def test_the_curvature_of_any_convex_loss_is_its_hessian(name):
     cost = CONVEX[name]
     linear = captured(cost)[2].gauss_newton.linearize(PARAMS)
