@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from locoprop_optax._records.intermediates import Intermediates, LayerIntermediates
 from locoprop_optax._records.layers import Layers
 from locoprop_optax._records.linear_maps import LayerParams
-from locoprop_optax._records.paths import is_masked, paths_of
+from locoprop_optax._records.paths import by_path, is_masked
 
 
 def check_layers(layers: Any) -> None:
@@ -25,8 +25,7 @@ def check_layers(layers: Any) -> None:
 
 def check_params(params: Any, layers: Layers) -> None:
     """Raises a `ValueError` for a layer that these parameters do not have."""
-    leaves = jax.tree.leaves(params, is_leaf=is_masked)
-    held = dict(zip(paths_of(params), leaves, strict=True))
+    held = by_path(params)
     if not held:
         raise TypeError(
             "There are no parameters. optax.tree.map_params cannot be used: what is "

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
-
 from locoprop_optax._records.form import Form
 from locoprop_optax._records.linear_maps import LayerParams, LinearMap
-from locoprop_optax._records.paths import is_masked, path_of, paths_of
+from locoprop_optax._records.paths import by_path, is_masked, map_by_path
 from locoprop_optax.losses._transfers import Transfer
 
 
@@ -117,7 +115,7 @@ class Layers:
 
     def split(self, tree: Any) -> dict[str, dict[str, Any]]:
         """What a tree like the parameters holds for each layer that is not masked."""
-        held = dict(zip(paths_of(tree), _leaves(tree), strict=True))
+        held = by_path(tree)
         parts: dict[str, dict[str, Any]] = {}
         for layer in self.layers:
             own = {name: held.get(path) for name, path in layer.paths.items()}
@@ -133,15 +131,7 @@ class Layers:
             for layer in self.layers
             for name, value in parts.get(layer.path, {}).items()
         }
-        return jax.tree.map_with_path(
-            lambda key_path, leaf: replaced.get(path_of(key_path), leaf),
-            tree,
-            is_leaf=is_masked,
-        )
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=is_masked)
+        return map_by_path(replaced.get, tree)
 
 
 def _rows(layer: Layer) -> list[tuple[str, ...]]:

@@ -35,6 +35,21 @@ def paths_of(params: Any) -> list[str]:
     return [path_of(k) for k, _ in jax.tree.leaves_with_path(params, is_leaf=is_masked)]
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their names, masked ones too."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_masked)
+    return dict(zip(paths_of(tree), leaves, strict=True))
+
+
+def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Applies a function of a parameter's name and its leaf, masked ones too."""
+    return jax.tree.map_with_path(
+        lambda key_path, leaf: function(path_of(key_path), leaf),
+        tree,
+        is_leaf=is_masked,
+    )
+
+
 def is_masked(node: Any) -> bool:
     """Whether an outer Optax transformation hides this parameter."""
     return isinstance(node, optax.MaskedNode)

@@ -13,7 +13,7 @@ import optax
 
 from locoprop_optax._quadratic.linearization import Linearization
 from locoprop_optax._records.layers import Cut, Layers
-from locoprop_optax._records.paths import is_masked, path_of
+from locoprop_optax._records.paths import by_path, is_masked, map_by_path
 from locoprop_optax._trace.collect import cotangents_of
 from locoprop_optax._trace.graph import Graph, is_number, run
 from locoprop_optax._trace.loss import tail_of
@@ -53,9 +53,7 @@ class GaussNewton:
         def whole(change):
             """The change of all leaves."""
             held = {
-                path_of(key_path): leaf
-                for key_path, leaf in jax.tree.leaves_with_path(change)
-                if not is_masked(leaf)
+                p: leaf for p, leaf in by_path(change).items() if not is_masked(leaf)
             }
             return [
                 held[path].astype(leaf.dtype) if path in held else jnp.zeros_like(leaf)
@@ -73,12 +71,8 @@ class GaussNewton:
             return loss.behind(loss.values(moved))
 
         known = dict(zip(traced.paths, self.gradient, strict=True))
-        gradient = jax.tree.map_with_path(
-            lambda key_path, leaf: (
-                leaf if is_masked(leaf) else known[path_of(key_path)]
-            ),
-            params,
-            is_leaf=is_masked,
+        gradient = map_by_path(
+            lambda path, leaf: leaf if is_masked(leaf) else known[path], params
         )
         return Linearization(
             value=loss.behind(loss.values(leaves)),  # computed as `loss_at` does

@@ -1,11 +1,10 @@
 """One optimizer for layers, and another for all other parameters."""
 
-import jax
 import optax
 
 from locoprop_optax._records.fits import check_params
 from locoprop_optax._records.layers import Layers
-from locoprop_optax._records.paths import is_masked, path_of
+from locoprop_optax._records.paths import map_by_path
 from locoprop_optax._transforms.keep_finite import keep_finite
 
 
@@ -23,11 +22,8 @@ def with_fallback(
 
     def label(params):
         check_params(params, layers)
-
-        def one(key_path, leaf):
-            del leaf
-            return "local" if path_of(key_path) in paths else "fallback"
-
-        return jax.tree.map_with_path(one, params, is_leaf=is_masked)
+        return map_by_path(
+            lambda path, _: "local" if path in paths else "fallback", params
+        )
 
     return keep_finite(optax.partition({"local": local, "fallback": fallback}, label))
