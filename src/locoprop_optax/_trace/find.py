@@ -8,7 +8,6 @@ from glob import escape
 from typing import Any
 
 from locoprop_optax._records.layers import Call, Cut, Layer, Layers
-from locoprop_optax._records.linear_maps import Product
 from locoprop_optax._records.paths import PathPattern, matches
 from locoprop_optax._trace.trace import Trace, trace
 from locoprop_optax._trace.transfer import Finding, find_transfer
@@ -205,15 +204,13 @@ def layer_of(
 
 
 def _sizes(use: Use) -> Call:
-    linear_map, stack = use.linear.linear_map, len(use.stack)
+    stack, units = len(use.stack), use.linear.linear_map.outputs
     kernel, outputs = use.linear.kernel.result[stack:], use.outputs.shape[stack:]
-    units = linear_map.outputs if isinstance(linear_map, Product) else 1
-    split = len(kernel) - units
-    total = math.prod(use.outputs.shape[stack : len(use.outputs.shape) - units])
-    if -1 in outputs:
-        whole = math.prod(use.scans) * math.prod(use.value.shape)
-        total = whole // math.prod(use.stack) // kernel[-1]
-    return Call(total, math.prod(kernel[:split]), math.prod(kernel[split:]))
+    return Call(
+        rows=math.prod(outputs[:-units]),
+        inputs=math.prod(kernel[:-units]),
+        outputs=math.prod(kernel[-units:]),
+    )
 
 
 _LOSSES = {

@@ -90,7 +90,7 @@ ELEMENTWISE: dict[core.Primitive, Callable[..., Any]] = {
     p.tan_p: np.tan,
     p.tanh_p: np.tanh,
 }
-INTEGER_POW, MULTIPLY, DIVIDE, SELECT = p.integer_pow_p, p.mul_p, p.div_p, p.select_n_p
+INTEGER_POW, MULTIPLY, SELECT = p.integer_pow_p, p.mul_p, p.select_n_p
 
 
 def called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,6 @@ class Layout(NamedTuple):
     def __call__(self, value: jax.Array) -> jax.Array:
         """The record."""
         return value.transpose(self.order).reshape(self.shape)
-
-    def undo(self, record: jax.Array, like: Any) -> jax.Array:
-        """The inverse, in the shape of `like`."""
-        shape = [like.shape[axis] for axis in self.order]
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return record.reshape(shape).transpose(inverse)
 
 
 class Linear(NamedTuple):
@@ -144,8 +138,10 @@ def _convolution(
         shape = shape_of(atom)
         batch, channels, *space = spec
         found = _layout(shape, scans, source.sliced, [], [batch, *space], [channels])
-        sizes = [shape[axis] for axis in (*space, channels)]
-        return found._replace(shape=(*found.shape[: source.lead], -1, *sizes))
+        examples = len(found.shape) - len(space) - 1
+        stack, kept = found.shape[: source.lead], found.shape[examples:]
+        count = math.prod(found.shape[source.lead : examples])
+        return found._replace(shape=(*stack, count, *kept))
 
     kernel = source.transposed([*window, into, out])
     return Found(
