@@ -99,10 +99,9 @@ def cotangents_of(
     """The cotangents of all layers if others go back from some values of the graph."""
     by_position: dict[tuple[int, ...], Seeds] = {}
     for number, seed in seeds.items():
-        producer = traced.graph.producers[number]
-        seed = seed.astype(traced.graph.avals[number].dtype)
-        known = by_position.setdefault(producer.position, Seeds({}))
-        known.of_results[producer.outputs.index(number)] = seed
+        position, result = traced.graph.place_of(number)
+        known = by_position.setdefault(position, Seeds({}))
+        known.of_results[result] = seed.astype(traced.graph.avals[number].dtype)
     uses = uses_of(traced, layers)
     *_, cotangents = run_recorded(traced, uses, arrays, places_of(by_position))
     return {

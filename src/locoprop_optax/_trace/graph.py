@@ -79,20 +79,25 @@ class Equation:
             held = {n: np.asarray(v) for n, v in inner.held.items()}
             inputs: dict[Any, Any] = dict(zip(inner.inputs, operands, strict=True))
             return read(inner.results, run(inner.equations, inputs | held))
-        given = {
-            var: value
-            for var, value in zip(self.source.invars, operands, strict=True)
-            if not isinstance(var, core.Literal)
-        }
         invars = [_off_mesh(atom) for atom in self.source.invars]
         params = primitives.off_mesh(self.params) if apart else self.params
-        alone = self.home.replace(
-            constvars=[],
-            invars=list(given),
-            outvars=self.source.outvars,
-            eqns=[self.source.replace(ctx=context, invars=invars, params=params)],
-        )
-        return eval_jaxpr(alone, [], *given.values())
+        here = self.source.replace(ctx=context, invars=invars, params=params)
+        return evaluate_alone(self.home, here, operands)
+
+
+def evaluate_alone(
+    home: core.Jaxpr, equation: core.JaxprEqn, operands: Sequence[Any]
+) -> list[Any]:
+    """The results of one equation of a jaxpr."""
+    given = {
+        var: value
+        for var, value in zip(equation.invars, operands, strict=True)
+        if not isinstance(var, core.Literal)
+    }
+    alone = home.replace(
+        constvars=[], invars=list(given), outvars=equation.outvars, eqns=[equation]
+    )
+    return eval_jaxpr(alone, [], *given.values())
 
 
 @dataclass

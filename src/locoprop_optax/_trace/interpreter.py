@@ -16,6 +16,7 @@ from jax.core import eval_jaxpr
 from jax.extend import core
 
 from locoprop_optax._trace import primitives
+from locoprop_optax._trace.graph import evaluate_alone
 from locoprop_optax._trace.primitives import Scan, branches, called, remat_options
 from locoprop_optax._trace.uses import Use
 from locoprop_optax._utils.sharding import typed, zeros
@@ -119,7 +120,7 @@ def interpret(
             inner = seed if isinstance(seed, dict) else {}
             results, records[place] = _open(equation, use, values, added, inner)
         else:
-            results = _alone(jaxpr, equation, values)
+            results = evaluate_alone(jaxpr, equation, values)
         if isinstance(seed, Seeds):
             for at, cotangent in seed.of_results.items():
                 results[at] = _seeded(results[at], cotangent)
@@ -176,23 +177,8 @@ def _record(
     values: Sequence[Any],
     perturbation: Any,
 ) -> tuple[list[Any], Record]:
-    (result,) = _alone(jaxpr, equation, values)
+    (result,) = evaluate_alone(jaxpr, equation, values)
     return [result + perturbation], Record(values[1 - use.side], result)
-
-
-def _alone(
-    jaxpr: core.Jaxpr, equation: core.JaxprEqn, values: Sequence[Any]
-) -> list[Any]:
-    """The results of one equation."""
-    given = {
-        var: value
-        for var, value in zip(equation.invars, values, strict=True)
-        if not isinstance(var, core.Literal)
-    }
-    alone = jaxpr.replace(
-        constvars=[], invars=list(given), outvars=equation.outvars, eqns=[equation]
-    )
-    return eval_jaxpr(alone, [], *given.values())
 
 
 def _open(
