@@ -223,34 +223,31 @@ class _Scope:
 
     def _enter(self, equation: Equation, operands: list[Source | None]) -> None:
         """Reads the functions of a loop or a condition."""
+        scans = self.scans
+        if equation.primitive == primitives.SCAN:
+            scans = (*scans, Scan.of(equation.source).length)
         for body in equation.bodies:
             results = live_results(equation, body, self.live)
-            live = body.live(results)
-            inner: dict[int, Source] = {}
-            atoms = equation.inputs[equation.offset :]
-            pairs = [
-                (atom, number)
-                for atom, number in zip(atoms, body.inputs, strict=True)
-                if is_number(atom)
-            ]
-            for at, source in enumerate(operands[equation.offset :]):
-                if source is None or body.inputs[at] not in live:
+            scope = _Scope(body, {}, results, self.reading, scans, outermost=False)
+            entering = zip(
+                equation.inputs[equation.offset :],
+                operands[equation.offset :],
+                body.inputs,
+                strict=True,
+            )
+            for at, (atom, source, number) in enumerate(entering):
+                if is_number(atom) and atom in self.active:
+                    scope.active.add(number)
+                if self._is_computed(atom):
+                    scope.computed[number] = self.computed[atom]
+                if source is None or number not in scope.live:
                     continue
                 entered = self._entered(equation, at, source)
                 if entered is None:
                     what = "it enters a scan as its carry, or repeated"
                     self.reading.note(source.number, what, hides=True)
                 else:
-                    inner[body.inputs[at]] = entered
-            scans = self.scans
-            if equation.primitive == primitives.SCAN:
-                scans = (*scans, Scan.of(equation.source).length)
-            scope = _Scope(body, inner, results, self.reading, scans, outermost=False)
-            for atom, number in pairs:
-                if atom in self.active:
-                    scope.active.add(number)
-                if atom in self.computed:
-                    scope.computed[number] = self.computed[atom]
+                    scope.sources[number] = entered
             scope.read()
 
     def _entered(self, equation: Equation, at: int, source: Source) -> Source | None:
