@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 
@@ -271,7 +271,7 @@ class _Scope:
         known, first = self.computed.get(number, (set(), name))
         self.computed[number] = known | parameters, first
 
-    def _is_computed(self, atom: Atom) -> bool:
+    def _is_computed(self, atom: Atom) -> TypeGuard[int]:
         return is_number(atom) and atom in self.computed
 
     def _pass_on_computed(
@@ -282,7 +282,7 @@ class _Scope:
         One that is multiplied with an activation is a kernel; one that is multiplied
         with a parameter is an activation itself.
         """
-        inputs: list[Any] = [n for n in equation.inputs if self._is_computed(n)]
+        inputs = list(filter(self._is_computed, equation.inputs))
         if not inputs:
             return
         parameters = set().union(*(self.computed[n][0] for n in inputs))
