@@ -169,11 +169,13 @@ class _CutLoss:
             gradient = jax.grad(self.behind)
             return jax.jvp(gradient, (at,), ([*signs, *still],))[1]
 
+        transfers = self.cut.transfers
         middle = [jnp.full_like(a, 0.5) for a in values[:count]] + values[count:]
-        curved, own = hvp(middle), hvp(values)
+        curved = hvp(middle) if any(transfers) else []
+        own = hvp(values) if None in transfers else []
         sampled = {}
         for at, (number, transfer) in enumerate(
-            zip(self.numbers, self.cut.transfers, strict=True)
+            zip(self.numbers, transfers, strict=True)
         ):
             a = values[at]
             drawn = jax.random.rademacher(jax.random.fold_in(key, at), a.shape, a.dtype)
