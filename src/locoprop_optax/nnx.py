@@ -8,7 +8,7 @@ counts, is put back into the module, once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -68,9 +68,7 @@ def layers(
 
     def find_in(model, *args, **kwargs):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        return find_layers(
-            params, _Static(graphdef), rest, _split(args), _split(kwargs)
-        )
+        return find_layers(params, graphdef, rest, _split(args), _split(kwargs))
 
     return find_in
 
@@ -125,7 +123,7 @@ def value_and_grad(
     def loss_grads_and_intermediates(model, *args, **kwargs):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         (loss, (aux, changed)), grads, intermediates = differentiate(
-            params, _Static(graphdef), rest, _split(args), _split(kwargs)
+            params, graphdef, rest, _split(args), _split(kwargs)
         )
         nnx.update(model, changed[0])
         for given, states in ((args, changed[1]), (kwargs, changed[2])):
@@ -181,18 +179,11 @@ def model_and_loss(
     )
 
 
-class _Static:
-    """Something that a trace takes as it is."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 def _functional(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """A loss as a function of parameters, which also returns the state it changed."""
 
     def function(params, graphdef, rest, args, kwargs):
-        model = nnx.merge(graphdef.value, params, rest, copy=True)
+        model = nnx.merge(graphdef, params, rest, copy=True)
         given, named = _merged(args), _merged(kwargs)
         result = loss_fn(model, *given.values(), **named)
         loss = loss_in(result, has_aux)
@@ -212,29 +203,17 @@ def _split(arguments: Any) -> dict[Any, Any]:
     }
 
 
-@jax.tree_util.register_pytree_node_class
-class _Held:
+class _Held(NamedTuple):
     """An argument that holds state: what it is, and the state."""
 
-    def __init__(self, graphdef: Any, state: Any) -> None:
-        self.graphdef, self.state = graphdef, state
-
-    def tree_flatten(self):
-        """The state."""
-        return (self.state,), self.graphdef
-
-    @classmethod
-    def tree_unflatten(cls, graphdef, children):
-        """The inverse."""
-        return cls(graphdef, *children)
+    graphdef: Any
+    state: Any
 
 
 def _merged(arguments: dict[Any, Any]) -> dict[Any, Any]:
     """Copies of the arguments."""
     return {
-        name: nnx.merge(value.graphdef, value.state, copy=True)
-        if isinstance(value, _Held)
-        else value
+        name: nnx.merge(*value, copy=True) if isinstance(value, _Held) else value
         for name, value in arguments.items()
     }
 
