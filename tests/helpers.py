@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
@@ -16,6 +17,11 @@ from locoprop_optax._problems.problem import pose
 
 TRANSFERS = sorted(loco.losses.known_transfers())
 MAIN_TRANSFERS = ["identity", "relu", "sigmoid", "softmax", "tanh"]
+
+
+def slow(*case):
+    """A case that others show as well, for `pytest -m slow`."""
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 DOCS = Path(__file__).parents[1] / "docs"

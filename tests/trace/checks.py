@@ -65,24 +65,23 @@ def preactivations_again(layers, params, intermediates):
     return made
 
 
-def assert_usable(layers, params, grads, intermediates, *, solves=True):
+def assert_usable(layers, params, grads, intermediates):
     """The intermediates are whole, and the optimizers do with them what they should."""
 
     @jax.jit  # one compilation, where each operation would have its own
     def found(params, grads, intermediates):
         return (
             backprop_step(layers, params, grads, intermediates),
-            newton_objectives(layers, params, intermediates) if solves else {},
+            newton_objectives(layers, params, intermediates),
             preactivations_again(layers, params, intermediates),
         )
 
     updates, objectives, made = found(params, grads, intermediates)
     assert_close(updates, jax.tree.map(lambda g: -0.1 * g, grads))
     for path, layer in intermediates.layers.items():
-        if solves:
-            before, after = map(np.asarray, objectives[path])
-            assert np.all(after <= before * (1 + 1e-4))
-            assert np.all(after < 0.9999 * before + 1e-12)
+        before, after = map(np.asarray, objectives[path])
+        assert np.all(after <= before * (1 + 1e-4))
+        assert np.all(after < 0.9999 * before + 1e-12)
         a = layer.preactivations
         tolerance = 5e-2 if a.dtype.itemsize < 4 else 1e-4
         np.testing.assert_allclose(
@@ -93,17 +92,20 @@ def assert_usable(layers, params, grads, intermediates, *, solves=True):
     loco.check_intermediates(layers, params, grads, intermediates, tolerance)
 
 
-def assert_captured(loss_fn, params, *args, solves=False):
-    """Gradients are those of the untouched loss, and the records are usable.
+def assert_captured(loss_fn, params, *args):
+    """Gradients are those of the untouched loss, and layers the same under jit.
 
     Returns:
       The layers and their intermediates.
     """
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, *args)
     layers = loco.layers(loss_fn)(params, *args)
+    under_jit = []
+    jax.make_jaxpr(lambda *a: under_jit.append(loco.layers(loss_fn)(*a)))(params, *args)
+    assert under_jit == [layers]
     capture = jax.jit(loco.value_and_grad(loss_fn, layers))
     found, found_grads, intermediates = capture(params, *args)
     assert_close((found, found_grads), (loss, grads))
     assert jax.tree.structure(found_grads) == jax.tree.structure(grads)
-    assert_usable(layers, params, found_grads, intermediates, solves=solves)
+    assert_usable(layers, params, found_grads, intermediates)
     return layers, intermediates

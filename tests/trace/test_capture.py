@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import locoprop_optax as loco
+from tests.helpers import slow
 from tests.trace.checks import assert_captured, assert_close, assert_usable
 
 
@@ -463,14 +464,13 @@ SLOW = {  # what others show as well
 
 
 def quick_or_slow(names):
-    slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow) if n in SLOW else n for n in names]
+    return [slow(name) if name in SLOW else name for name in names]
 
 
 @pytest.mark.parametrize("name", quick_or_slow(LINEN))
 def test_linen(name):
     case = LINEN[name]()
-    layers, _ = assert_captured(case.loss_fn, case.params, solves=True)
+    layers, _ = assert_captured(case.loss_fn, case.params)
     names = {layer.path: layer.transfer.name for layer in layers}
     assert names == by_weight(case.expected)
 

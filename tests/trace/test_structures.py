@@ -13,6 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import locoprop_optax as loco
+from tests.helpers import slow
 from tests.trace.checks import assert_captured, assert_close
 
 KEY = jax.random.key(0)
@@ -50,7 +51,7 @@ def transfers(layers):
     return {layer.path: layer.transfer.name for layer in layers}
 
 
-CELLS = [nn.GRUCell, nn.LSTMCell]
+CELLS = [nn.GRUCell, nn.LSTMCell, slow(nn.SimpleCell), slow(nn.MGUCell)]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -94,7 +95,15 @@ def test_a_model_of_one_example_under_vmap(model, x):
 
 
 @pytest.mark.parametrize(
-    ("model", "x", "axis"), [(MLP, X, 0), (MLP, X, 1), (CNN, IMAGES, -1)]
+    ("model", "x", "axis"),
+    [
+        (MLP, X, 0),
+        (MLP, X, 1),
+        (CNN, IMAGES, -1),
+        slow(MLP, X, -1),
+        slow(CNN, IMAGES, 0),
+        slow(CNN, IMAGES, 1),
+    ],
 )
 def test_ensembles_by_vmap_on_any_axis(model, x, axis):
     members = jax.tree.map(
@@ -120,7 +129,15 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("axis", "policy"), [(0, "dots_saveable"), (1, "nothing_saveable")]
+    ("axis", "policy"),
+    [
+        (0, "dots_saveable"),
+        (1, "nothing_saveable"),
+        slow(0, None),
+        slow(0, "nothing_saveable"),
+        slow(1, None),
+        slow(1, "dots_saveable"),
+    ],
 )
 def test_stacks_on_any_axis_rematerialized_by_any_policy(axis, policy):
     saves = policy and getattr(jax.checkpoint_policies, policy)

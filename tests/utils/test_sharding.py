@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import MLP, counted, regression, train_step
+from tests.helpers import MLP, counted, regression, slow, train_step
 
 DEVICES = 8
 MESHES = [AxisType.Auto, AxisType.Explicit]
@@ -118,8 +118,9 @@ ENTROPIES = {
 }
 
 
+@pytest.mark.parametrize("kind", [slow(AxisType.Auto), AxisType.Explicit])
 @pytest.mark.parametrize("name", ENTROPIES)
-def test_cross_entropies_on_explicit_axes(name):
+def test_cross_entropies_of_a_batch_spread_over_devices(name, kind):
     model = MLP()
     _, params, batch = regression(model, batch=16)
 
@@ -128,7 +129,7 @@ def test_cross_entropies_on_explicit_axes(name):
         return jnp.mean(ENTROPIES[name](outputs, batch[1]))
 
     losses, *_ = train(loss_fn, params, batch, loco.locoprop, steps=3)
-    mesh = mesh_of(AxisType.Explicit)
+    mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         params, batch = placed(params, mesh), placed(batch, mesh, "data")
         spread, *_ = train(loss_fn, params, batch, loco.locoprop, steps=3)
