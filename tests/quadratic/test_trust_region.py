@@ -80,7 +80,7 @@ def test_what_is_fixed_stays_fixed():
     assert 0 <= rho <= region.max_momentum
 
 
-def test_matrices_are_measured_by_their_norm_or_by_what_they_are_to_become():
+def test_parameters_are_measured_by_their_norm_or_by_what_they_are_to_become():
     params = {"large": jnp.full((3, 4), 2.0), "zero": jnp.zeros((3, 4))}
     large, zero = jnp.full((3, 4), 0.2), jnp.full((3, 4), 0.1)
     step = {"large": large, "zero": jnp.zeros((3, 4))}
@@ -88,7 +88,8 @@ def test_matrices_are_measured_by_their_norm_or_by_what_they_are_to_become():
     step = {"large": jnp.zeros((3, 4)), "zero": zero}
     expected = 0.1 * np.sqrt(12) / np.sqrt(4)
     np.testing.assert_allclose(relative_length(step, params), expected, rtol=1e-6)
-    assert relative_length({"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}) == 0
+    assert relative_length({"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}) == 1
+    assert relative_length(jnp.ones(()), jnp.full((), 4.0)) == 0.25
 
 
 def classifier(scale=1.0, rows=32):
@@ -108,7 +109,7 @@ def classifier(scale=1.0, rows=32):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_no_matrix_moves_further_than_its_share(scale):
+def test_no_parameter_moves_further_than_its_share(scale):
     loss_fn, params, batch = classifier(scale)
     layers = loco.layers(loss_fn)(params, batch)
     tx = loco.locoprop(layers)

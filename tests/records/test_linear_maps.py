@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from locoprop_optax._records.linear_maps import DENSE, Convolution, Product
+from locoprop_optax._records.linear_maps import (
+    DENSE,
+    Convolution,
+    Factor,
+    Lookup,
+    Product,
+)
 
 CASES = {
     "dense": (DENSE, (7, 4), (4, 3), (3,)),
@@ -55,6 +61,40 @@ def test_the_design_times_the_kernel(name, has_bias, float64):
         np.testing.assert_array_equal(back[key], leaf)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_squares_are_the_diagonal_of_the_design_times_itself(name):
+    linear_map, inputs, kernel, _ = CASES[name]
+    x = jax.random.normal(jax.random.key(0), inputs)
+    params = {"kernel": jnp.ones(kernel)}
+    design = linear_map.design(params, x)
+    expected = jnp.einsum("gni,gni->gi", design, design)
+    np.testing.assert_allclose(linear_map.squares(params, x), expected, rtol=1e-6)
+
+
+ROWS = jnp.asarray([[0, 2, 2], [5, 1, 2]])  # the table has no row 5
+DIAGONAL = {
+    "lookup": (Lookup(), ROWS, (4, 3)),
+    "clipping lookup": (Lookup(clips=True), ROWS, (4, 3)),
+    "summand": (Lookup(fixed=True), jnp.zeros((2, 5), int), (1, 3)),
+    "factor": (Factor(), jnp.arange(30.0).reshape(2, 5, 3), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_squares_are_the_diagonal_of_the_jacobian_times_itself(name, float64):
+    linear_map, x, shape = DIAGONAL[name]
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    jacobian = jax.jacobian(lambda kernel: linear_map({"kernel": kernel}, x))(kernel)
+    jacobian = jacobian.reshape(-1, kernel.size)
+    diagonal = jnp.diag(jacobian.T @ jacobian).reshape(shape)
+    np.testing.assert_allclose(jacobian.T @ jacobian, jnp.diag(diagonal.ravel()))
+    squares = linear_map.squares({"kernel": kernel}, x)
+    matrices = linear_map.to_matrices({"kernel": jnp.ones(shape)})
+    spread = matrices._replace(kernel=squares[..., None] * matrices.kernel)
+    found = linear_map.from_matrices(spread, like={"kernel": kernel})["kernel"]
+    np.testing.assert_allclose(found, diagonal)
+
+
 def test_rows_of_several_calls_are_joined():
     parts = [jnp.ones((2, 5, 4)), jnp.ones((3, 5, 4))]
     assert DENSE.join_inputs(parts, 0).shape == (5, 5, 4)
@@ -62,4 +102,6 @@ def test_rows_of_several_calls_are_joined():
     assert DENSE.join_inputs(parts, 0).shape == (14, 4)
     stacked = [jnp.ones((6, 2, 5, 4)), jnp.ones((6, 3, 4))]
     assert DENSE.join_inputs(stacked, 1).shape == (6, 13, 4)
+    assert Lookup().join_inputs([jnp.ones((2, 5), int)] * 2, 0).shape == (4, 5)
+    assert Lookup().join_inputs([ROWS, ROWS[0]], 0).shape == (9,)
     assert Product(1, 2).join_outputs([jnp.ones((2, 3, 4))] * 2, 0).shape == (4, 3, 4)

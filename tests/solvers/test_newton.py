@@ -134,15 +134,26 @@ def test_ema_of_a_kernel_that_is_used_transposed():
     np.testing.assert_allclose(swapped["layer"].T, straight["layer"], rtol=1e-9)
 
 
-def test_ema_refuses_what_it_cannot_hold():
-    solver = loco.solvers.majorized_newton(1, ema=0.5)
-    match = r"Layer 'layer': `ema` has a state .*\(1, 12, 12\).* \(1, 4, 4\)"
-    with pytest.raises(ValueError, match=match):
-        update_of_product("ni,iho->nho", jnp.ones((6, 4)), jnp.ones((4, 3, 2)), solver)
-    with pytest.raises(ValueError, match=r"Layer 'layer' is a stack.*ema=0.0"):
-        update_of_product(
-            "lni,lio->lno", jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)), solver
-        )
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("spec", "x", "kernel"),
+    [
+        ("ni,iho->nho", (6, 4), (4, 3, 2)),
+        ("lni,lio->lno", (2, 6, 4), (2, 4, 3)),
+        ("lni,ilo->lno", (2, 6, 4), (4, 2, 3)),
+    ],
+)
+def test_the_first_average_is_the_batch_for_heads_and_stacks(spec, x, kernel):
+    drawn = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(drawn.normal(size=shape)) for shape in (x, kernel))
+    averaged, alone = (
+        update_of_product(spec, x, kernel, loco.solvers.majorized_newton(1, ema=ema))
+        for ema in (0.5, 0.0)
+    )
+    np.testing.assert_allclose(averaged["layer"], alone["layer"], rtol=1e-9)
+
+
+def test_ema_refuses_what_diverges():
     with pytest.raises(ValueError, match=r"ema must be in \[0, 1\)"):
         loco.solvers.majorized_newton(1, ema=1.0)
     with pytest.raises(ValueError, match=r"ema=0.5 needs num_steps=1, got 2"):

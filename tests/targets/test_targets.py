@@ -14,6 +14,7 @@ import locoprop_optax as loco
 from locoprop_optax._problems.problem import pose
 from tests.helpers import (
     counted,
+    layers_for,
     random_layer,
     random_layers,
     regression,
@@ -24,11 +25,17 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def start(target, params):
+    """A target's state for a layer that is a product."""
+    (layer,) = layers_for({"layer": params})
+    return target.init(layer, params)
+
+
 @given(random_layers, st.floats(0.01, 20))
 def test_gradient_descent_is_gamma_times_the_cotangents(drawn, gamma):
     params, layer = random_layer(**drawn)
     target = loco.targets.gradient_descent(gamma)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
     np.testing.assert_allclose(displacement.outputs, gamma * layer.cotangents)
     np.testing.assert_allclose(
@@ -40,7 +47,7 @@ def test_normalized_follows_its_formula_over_batches():
     gamma, decay, moment = 0.05, 0.9, 0.0
     target = loco.targets.normalized(gamma, decay)
     params, _ = random_layer(0, 6, 4, 3)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     for k in range(4):
         n = 6 + k
         _, layer = random_layer(k, n, 4, 3)
@@ -58,7 +65,7 @@ def test_normalized_takes_as_many_rows_as_a_large_image_has():
     params, layer = random_layer(0, 50_000, 2, 1)
     target = loco.targets.normalized(0.05)
     displacement, _ = target.update(
-        layer, None, target.init(params["kernel"], 0), jnp.zeros((), jnp.int32)
+        layer, None, start(target, params), jnp.zeros((), jnp.int32)
     )
     rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2))
     np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
@@ -67,7 +74,7 @@ def test_normalized_takes_as_many_rows_as_a_large_image_has():
 def test_normalized_by_unit():
     params, layer = random_layer(0, 6, 4, 3)
     target = loco.targets.normalized(0.05, by_unit=True)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     displacement, state = target.update(layer, None, state, jnp.zeros((), int))
     rms = np.sqrt(np.mean(np.asarray(layer.cotangents) ** 2, axis=0))
     np.testing.assert_allclose(displacement.outputs, 0.05 * layer.cotangents / rms)
@@ -85,7 +92,7 @@ def test_normalized_does_not_see_the_scale_of_the_loss(drawn, scale):
                 layer.inputs, layer.preactivations, s * layer.cotangents, {}
             ),
             None,
-            target.init(params["kernel"], 0),
+            start(target, params),
             jnp.zeros((), int),
         )[0].outputs
         for s in (1.0, scale)
@@ -100,7 +107,7 @@ def test_normalized_leaves_a_layer_without_gradient_where_it_is():
     )
     target = loco.targets.normalized(0.1)
     displacement, _ = target.update(
-        silent, None, target.init(params["kernel"], 0), jnp.zeros((), int)
+        silent, None, start(target, params), jnp.zeros((), int)
     )
     np.testing.assert_array_equal(displacement.outputs, 0)
 
@@ -129,7 +136,7 @@ def test_natural_gradient_follows_its_formula_over_batches():
     gamma, damping, decay, average = 0.5, 0.2, 0.7, 0.0
     target = loco.targets.natural_gradient(gamma, damping, decay)
     params, _ = random_layer(0, 6, 4, 3)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     for k in range(3):
         _, layer = random_layer(k, 6 + k, 4, 3)
         displacement, state = target.update(layer, None, state, jnp.asarray(k))
@@ -181,7 +188,7 @@ def test_natural_gradient_of_a_convolution_is_kfc(is_sampled):
     patches = patches.reshape(n * positions, 6)
     layer = intermediates.sampled().layers["conv/kernel"]
     seen = layer.sampled_cotangents if is_sampled else layer.cotangents
-    own = n * np.asarray(seen).reshape(-1, 3)
+    own = n ** (0.5 if is_sampled else 1.0) * np.asarray(seen).reshape(-1, 3)
     omega, gamma = patches.T @ patches / n, own.T @ own / len(own)
     omega = omega + 0.1 * np.trace(omega) / 6 * np.eye(6)
     gamma = gamma + 0.2 * np.trace(gamma) / 3 * np.eye(3)
@@ -216,6 +223,7 @@ def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_
     layers = loco.layers(loss_fn)(params)
     _, _, intermediates = loco.value_and_grad(loss_fn, layers)(params)
     (layer,), (own,) = intermediates.layers.values(), layers.split(params).values()
+    (described,) = layers
     target = loco.targets.natural_gradient(0.5)
 
     def displace(layer, state):
@@ -223,7 +231,7 @@ def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_
 
     for _ in range(layer.stack_dims):
         displace = jax.vmap(displace)
-    displacement = displace(layer, target.init(own["kernel"], layer.stack_dims))
+    displacement = displace(layer, target.init(described, own))
     assert (displacement.gradient is not None) == is_known
     if is_known:
         expected = replace(layer, cotangents=displacement.outputs).pull_back(own)
@@ -257,7 +265,7 @@ def test_natural_gradient_without_any_gradient_stays():
     params, layer = random_layer(0, 6, 4, 3)
     silent = replace(layer, cotangents=0 * layer.cotangents)
     target = loco.targets.natural_gradient(1.0)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     displacement, _ = target.update(silent, None, state, jnp.zeros((), int))
     np.testing.assert_array_equal(displacement.outputs, 0)
 
@@ -283,15 +291,38 @@ def test_gauss_newton_is_the_gauss_newton_matrix_of_the_output():
         preactivations=a,
         cotangents=jax.grad(loss)(a, y),
         gradient={"kernel": x.T @ jax.grad(loss)(a, y)},
-        sampled_cotangents=jax.grad(loss)(many, labels),
+        sampled_cotangents=20**0.5 * jax.grad(loss)(many, labels),
     )
     target = loco.targets.gauss_newton(1.0, damping=0.0)
-    state = target.init(kernel, 0)
+    state = start(target, {"kernel": kernel})
     displacement, _ = target.update(layer, None, state, jnp.zeros((), int))
     jacobians = jax.vmap(jax.jacobian(network))(a)
     matrix = jnp.mean(jnp.swapaxes(jacobians, 1, 2) @ jacobians, axis=0)
     expected = 5 * layer.cotangents @ jnp.linalg.inv(matrix)
     np.testing.assert_allclose(displacement.outputs, expected, rtol=1e-9)
+
+
+def test_rows_that_are_no_examples_make_the_step_no_shorter():
+    """Only one row of an example is not zero, so that the block is exact."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 5, 3)), rng.normal(size=6)
+    x[:, 1:] = 0.0
+    params = {"w": jnp.zeros((3, 1))}
+
+    def loss_fn(params):
+        return 0.5 * jnp.mean(((x @ params["w"]).sum((1, 2)) - y) ** 2)
+
+    layers = loco.layers(loss_fn)(params)
+    tx = loco.scale_by_locoprop(
+        layers,
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.natural_gradient(1.0, damping=0.0),
+        solver=loco.solvers.exact(damping=0.0),
+    )
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    expected = np.linalg.lstsq(x[:, 0], y)[0]
+    np.testing.assert_allclose(-updates["w"][:, 0], expected, rtol=1e-9)
 
 
 def test_gauss_newton_needs_sampled_cotangents():
@@ -336,7 +367,7 @@ def test_momentum_keeps_the_mean_moving():
     decay, velocity = 0.8, np.zeros(3)
     target = loco.targets.momentum(loco.targets.gradient_descent(0.5), decay)
     params, _ = random_layer(0, 6, 4, 3)
-    state = target.init(params["kernel"], 0)
+    state = start(target, params)
     for k in range(4):
         _, layer = random_layer(k, 5 + k, 4, 3)
         displacement, state = target.update(layer, None, state, jnp.asarray(k))

@@ -115,7 +115,7 @@ def test_ensembles_by_vmap_on_any_axis(model, x, axis):
         return jnp.sum(jax.vmap(partial(loss_of, model, x), in_axes=(axes,))(members))
 
     layers, _ = assert_captured(loss_fn, members)
-    assert len(layers.layers) == 2
+    assert len([la for la in layers if not la.linear_map.is_diagonal]) == 2
 
 
 class Block(nn.Module):
@@ -152,7 +152,7 @@ def test_stacks_on_any_axis_rematerialized_by_any_policy(axis, policy):
             return stack(name="stack")(x, None)[0]
 
     layers, intermediates = assert_captured(*mean_square(Model(), SEQUENCES))
-    assert len(layers.layers) == 6
+    assert len(layers.layers) == 8
     assert {layer.stack for layer in layers} == {(3,)}
     assert {layer.stack_dims for layer in intermediates.layers.values()} == {1}
 
@@ -175,8 +175,8 @@ def test_a_tied_softmax_over_an_embedding():
     layers, intermediates = assert_captured(loss_fn, params)
     assert transfers(layers) == {"dense/kernel": "tanh", "embed/embedding": "softmax"}
     tied = intermediates.layers["embed/embedding"]
-    assert tied.penalty is not None  # what the lookup has in the gradient
-    assert float(jnp.linalg.norm(tied.penalty["kernel"])) > 0
+    assert tied.elsewhere is not None  # what the lookup has in the gradient
+    assert float(jnp.linalg.norm(tied.elsewhere["kernel"])) > 0
 
 
 def test_dense_layers_of_ones_own():
@@ -261,7 +261,7 @@ def test_a_vmapped_critic():
     assert len(layers.layers) == 2
 
 
-@pytest.mark.parametrize("kind", ["gradient", "laplacian", "jvp"])
+@pytest.mark.parametrize("kind", ["gradient", "laplacian", "jvp", "boundary"])
 def test_networks_differentiated_in_their_inputs(kind):
     """The products of the derivatives have their share in the gradient as well."""
     _, params = mean_square(MLP, X)
@@ -274,13 +274,21 @@ def test_networks_differentiated_in_their_inputs(kind):
             return jnp.sum(jax.grad(u)(x) ** 2) + (u(x) - 1) ** 2
         if kind == "laplacian":
             return (jnp.trace(jax.hessian(u)(x)) + u(x)) ** 2
+        if kind == "boundary":
+            return jnp.trace(jax.hessian(u)(x)) ** 2 + u(x[::-1]) ** 2
         return jax.jvp(u, (x,), (jnp.ones_like(x),))[1] ** 2
 
     def loss_fn(params):
         return jnp.mean(jax.vmap(partial(residual, params))(X))
 
     layers, _ = assert_captured(loss_fn, params)
-    assert paths(layers) == {"layers_0/kernel", "layers_2/kernel"}
+    kinds = {layer.path: str(layer.linear_map) for layer in layers}
+    assert {path for path, kind in kinds.items() if kind == "product"} == {
+        "layers_0/kernel",
+        "layers_2/kernel",
+    }
+    biases = {layer.bias for layer in layers} | {*kinds}
+    assert "layers_0/bias" in biases
 
 
 def test_targets_computed_inside_the_loss():
@@ -427,6 +435,20 @@ def test_a_kernel_that_is_also_looked_up_and_used_elementwise():
 
     _, intermediates = assert_captured(loss_fn, params)
     assert intermediates.layers["w"].penalty is not None
+
+
+def test_penalties_and_other_uses_are_told_apart(float64):
+    params = {"w": jax.random.normal(KEY, (11, 4), float)}
+
+    def loss_fn(params):
+        looked_up = jnp.tanh(params["w"][TOKENS])
+        outputs = looked_up @ params["w"].T
+        return jnp.mean(jnp.square(outputs - 1)) + 0.5 * jnp.sum(params["w"] ** 2)
+
+    _, intermediates = assert_captured(loss_fn, params)
+    tied = intermediates.layers["w"]
+    np.testing.assert_allclose(tied.penalty["kernel"].T, params["w"], rtol=1e-12)
+    assert np.abs(tied.elsewhere["kernel"]).max() > 1e-3
 
 
 PENALTIES = {

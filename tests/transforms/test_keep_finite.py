@@ -22,7 +22,7 @@ OPTIMIZERS = {
 
 
 class Normed(nn.Module):
-    """Layers with a norm between them, whose parameters go to the fallback."""
+    """Layers with a norm between them."""
 
     @nn.compact
     def __call__(self, x):

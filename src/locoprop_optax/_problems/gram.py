@@ -18,7 +18,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from locoprop_optax._problems.inverse import in_full_precision, inverse
-from locoprop_optax._records.linear_maps import Matrices
+from locoprop_optax._records.linear_maps import (
+    Factor,
+    LayerParams,
+    LinearMap,
+    Lookup,
+    Matrices,
+)
+
+
+def gram_of(
+    linear_map: LinearMap, params: LayerParams, inputs: Array
+) -> Gram | DiagonalGram:
+    """The Gram matrices of a layer's design, in the dtype of its parameters."""
+    dtype = jnp.result_type(*params.values())
+    if isinstance(linear_map, Lookup | Factor):
+        entries = linear_map.squares(params, inputs).astype(dtype)
+        rows = inputs.size / (entries.size if linear_map.summed else 1)
+        return DiagonalGram(entries[..., None], jnp.asarray(rows, dtype))
+    design = linear_map.design(params, inputs)
+    return Gram.of(design.astype(dtype), "bias" in params)
 
 
 class Gram(NamedTuple):
@@ -79,6 +98,55 @@ class Gram(NamedTuple):
         if self.sums is None:
             return Inverse(inner, None, None)
         return Inverse(inner, jnp.zeros_like(self.sums), above)
+
+
+class DiagonalGram(NamedTuple):
+    r"""The Gram matrix of a design that makes it diagonal.
+
+    Attributes:
+      inner: the entries of :math:`x^\top x`.
+      rows: n.
+    """
+
+    inner: Float[Array, "1 d 1"]
+    rows: Float[Array, ""]
+
+    def mean_eigenvalue(self) -> Float[Array, "1 1 1"]:
+        """The mean of the entries."""
+        return jnp.mean(self.inner, axis=1, keepdims=True)
+
+    def __matmul__(self, matrices: Matrices) -> Matrices:
+        """The product with a layer's parameters."""
+        return Matrices(self.inner * matrices.kernel, None)
+
+    def inverse(self, bound: Any, diagonal: Float[Array, "1 1 1"]) -> DiagonalInverse:
+        r"""The inverse of :math:`c\, x^\top x + D`; zero where there is nothing."""
+        entries = bound * self.inner + diagonal
+        return DiagonalInverse(jnp.where(entries > 0, 1 / entries, 0.0))
+
+    def inverse_above(self, bound: Any, diagonal: Any) -> DiagonalInverse:
+        """The inverse of the multiple of the identity that lies above."""
+        above = bound * jnp.sum(self.inner, axis=1, keepdims=True) + diagonal
+        return DiagonalInverse(jnp.broadcast_to(1 / above, self.inner.shape))
+
+
+class DiagonalInverse(NamedTuple):
+    """The inverse of a diagonal matrix.
+
+    Attributes:
+      entries: its diagonal.
+    """
+
+    entries: Float[Array, "1 d 1"]
+
+    def is_definite(self, least: Any) -> Bool[Array, ""]:
+        """Whether it is finite; no rounding spoils it."""
+        del least
+        return jnp.all(jnp.isfinite(self.entries))
+
+    def __matmul__(self, right: Matrices) -> Matrices:
+        """The product with numbers of the shapes of a layer's parameters."""
+        return Matrices(self.entries * right.kernel, None)
 
 
 class Inverse(NamedTuple):

@@ -115,10 +115,6 @@ class Grouped(Generic[T]):
         values: tuple[Any, ...] = self._values
         return tuple(map(self._with, zip(*values, strict=True)))
 
-    def stacks(self) -> list[str]:
-        """The layers that are stacks of layers, in one array each."""
-        return [path for g in self._groups if g.stack_dims for path in g.paths]
-
     def to_layers(self) -> dict[str, T]:
         """The values by layer path."""
         layers: dict[str, T] = {}

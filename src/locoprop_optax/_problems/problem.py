@@ -7,6 +7,7 @@ parameter is read; small steps lose no digits to large weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_optax._problems.gram import Gram
+from locoprop_optax._problems.gram import DiagonalGram, Gram, gram_of
 from locoprop_optax._problems.grouping import Grouped
 from locoprop_optax._quadratic.linearization import inner
 from locoprop_optax._records.intermediates import LayerIntermediates
@@ -45,8 +46,8 @@ class LocalProblem:
       regularizer: :math:`R`.
       loss: :math:`\ell`.
       linear_map: :math:`A`.
-      penalty: the gradient of what else the loss has in the parameters, scaled as the
-        targets scale cotangents, a linear term; None if the solver does without.
+      linear: the gradient of what else the loss does with the parameters, scaled as the
+        targets scale cotangents, a linear term; None if there is nothing.
       gram: the matrices :math:`x^\top x`, if the gradient is to be made of them instead
         of the examples. Only for the squared loss.
       weight: what the loss of the examples is multiplied by.
@@ -60,7 +61,7 @@ class LocalProblem:
     regularizer: Regularizer
     loss: Loss = field(metadata={"static": True})
     linear_map: LinearMap = field(metadata={"static": True})
-    penalty: LayerParams | None = None
+    linear: LayerParams | None = None
     gram: Gram | None = None
     weight: float = field(default=1.0, metadata={"static": True})
 
@@ -71,7 +72,7 @@ class LocalProblem:
     def value_after(self, change: Array, step: LayerParams) -> Float[Array, ""]:
         """The local objective after a step that changes the pre-activations so."""
         loss = self.loss.value(self.preactivations + change, self.targets)
-        linear = 0.0 if self.penalty is None else inner(self.penalty, step)
+        linear = 0.0 if self.linear is None else inner(self.linear, step)
         return self.weight * loss + linear + self.regularizer.value(step, self.params)
 
     def gradient(self, step: LayerParams) -> LayerParams:
@@ -88,7 +89,7 @@ class LocalProblem:
         preactivations = self.preactivations + change
         residual = self.loss.gradient(preactivations, self.targets)
         (gradient,) = pull_back((self.weight * residual).astype(change.dtype))
-        return _added(gradient, self.penalty)
+        return _added(gradient, self.linear)
 
     def gradient_at_start(self) -> LayerParams:
         """The gradient of the local objective before the first step, at no cost."""
@@ -98,32 +99,31 @@ class LocalProblem:
         """The step of length zero."""
         return {name: jnp.zeros_like(p) for name, p in self.params.items()}
 
-    def to_gram(self, stride: int = 1) -> Gram:
+    def to_gram(self, stride: int = 1) -> Gram | DiagonalGram:
         """The Gram matrices of the layer's design, as every `stride`-th example has it.
 
-        Where fewer rows than columns would remain, the stride is shorter.
+        Where fewer rows than columns would remain, the stride is shorter. A diagonal
+        one costs little and is of all examples.
 
         Raises:
           LayerError: if the first axis does not count examples, but a stride is given.
         """
         if self.gram is not None and stride == 1:
             return self.gram
-        if stride > 1:
-            self._check_counts_examples("stride takes entries")
-            rows, columns, _ = self.sizes()
-            stride = min(stride, max(1, rows // columns))
-        inputs = self.inputs[::stride]
-        design = self.linear_map.design(self.params, inputs)
-        dtype = jnp.result_type(*self.params.values())
-        seen = Gram.of(design.astype(dtype), "bias" in self.params)
+        if stride == 1 or self.linear_map.is_diagonal:
+            return gram_of(self.linear_map, self.params, self.inputs)
+        self._check_counts_examples("stride takes entries")
+        rows, columns, _ = self.sizes()
+        inputs = self.inputs[:: min(stride, max(1, rows // columns))]
+        seen = gram_of(self.linear_map, self.params, inputs)
         return jax.tree.map(lambda g: len(self.inputs) / len(inputs) * g, seen)
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, inputs and outputs of the matrices that the layer is a product of."""
-        design = jax.eval_shape(self.linear_map.design, self.params, self.inputs)
         matrices = jax.eval_shape(self.linear_map.to_matrices, self.params)
         _, d, o = matrices.kernel.shape
-        return design.shape[1], d + (matrices.bias is not None), o
+        rows = self.preactivations.shape[: -self.linear_map.outputs]
+        return math.prod(rows), d + (matrices.bias is not None), o
 
     def prefers_gram(self, num_gradients: int, *, is_formed: bool) -> bool:
         """Whether so many gradients take fewer operations by the Gram matrix.
@@ -140,9 +140,13 @@ class LocalProblem:
     def of_examples(self, number: Array | int, count: int) -> LocalProblem:
         """The problem of the number-th slice of so many examples, in its place.
 
+        One with a diagonal Gram matrix costs little and is left whole.
+
         Raises:
           LayerError: if there are fewer examples, or the first axis counts none.
         """
+        if self.linear_map.is_diagonal:
+            return self
         whole = (self.inputs, self.preactivations, self.targets)
         self._check_counts_examples("local_batch_size takes slices")
         total = self.inputs.shape[0]
@@ -183,7 +187,8 @@ def pose(
 ) -> tuple[LocalProblem, Any]:
     """Poses one layer's local problem, and moves its target's state on.
 
-    Its penalty is left out unless it is asked for.
+    What else the model does with its parameters is a linear term; its penalty is left
+    out unless it is asked for.
     """
     layer = replace(
         layer,
@@ -198,11 +203,14 @@ def pose(
     if layer.targets is not None:
         displacement = Displacement(start - layer.targets)
     goal = start - displacement.outputs
-    penalty = None
-    if with_penalty and layer.penalty is not None:
-        other = replace(layer, gradient=at_least_float32(dict(layer.penalty)))
+    terms = [layer.elsewhere, layer.penalty if with_penalty else None]
+    linear = None
+    for term in (term for term in terms if term is not None):
+        linear = _added(at_least_float32(dict(term)), linear)
+    if linear is not None:
+        other = replace(layer, gradient=linear)
         scaled, _ = target.update(other, local_loss, before, count)
-        penalty = other.gradient if scaled.gradient is None else scaled.gradient
+        linear = linear if scaled.gradient is None else scaled.gradient
     params = at_least_float32(dict(params))
     known = displacement.gradient if local_loss.is_matching else None
     if known is None:
@@ -213,19 +221,19 @@ def pose(
         inputs=layer.inputs,
         preactivations=layer.preactivations,
         targets=goal,
-        initial_gradient=_added({name: known[name] for name in params}, penalty),
+        initial_gradient=_added({name: known[name] for name in params}, linear),
         regularizer=regularizer,
         loss=local_loss,
         linear_map=layer.linear_map,
-        penalty=penalty,
+        linear=linear,
     )
     return problem, target_state
 
 
-def _added(gradient: LayerParams, penalty: LayerParams | None) -> LayerParams:
-    if penalty is None:
+def _added(gradient: LayerParams, other: LayerParams | None) -> LayerParams:
+    if other is None:
         return gradient
-    return {name: g + penalty[name] for name, g in gradient.items()}
+    return {name: g + other[name] for name, g in gradient.items()}
 
 
 def _pull_back(

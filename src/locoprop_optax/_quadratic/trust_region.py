@@ -34,9 +34,10 @@ class TrustRegion:
     2. The momentum :math:`\rho` is between 0 and its largest value; with a learning
        rate :math:`\eta < 1` it may be larger by :math:`1 - \eta`, the part of the last
        step that was not taken and is still ahead.
-    3. No matrix of parameters moves by more than a share of its norm, or of
+    3. No parameter moves by more than a share of its norm, or of
        :math:`\sqrt{d_\text{out}}` where that is larger, the norm of a matrix with
-       outputs as large as its inputs. The whole step is shortened for it.
+       outputs as large as its inputs and of a vector of ones. The whole step is
+       shortened for it.
     4. The loss of the same batch, or of that part of it whose curvature is given, is
        looked at after every few steps, and where there is doubt: after a shortened
        step, after a loss that has doubled, and where the slope promises more than the
@@ -49,7 +50,8 @@ class TrustRegion:
       least_loss: :math:`\ell_0`, which the loss cannot be below; None if it has none. A
         loss that is below it all the same is not bounded. Default: 0.
       max_momentum: the largest :math:`\rho`, in [0, 1). Default: 0.95.
-      max_relative_step: the largest step of a matrix, relative to it. Default: 0.1.
+      max_relative_step: the largest step of a parameter, relative to it. Default:
+        0.1.
       shorten: whether steps are shortened and refused. Default: True.
 
     Raises:
@@ -96,7 +98,7 @@ class TrustRegion:
         return model.minimum(beta, rho)
 
     def length(self, step: Any, params: Any, rate: float | Array = 1.0) -> Array:
-        """How much of a step no matrix moves too far by, if `rate` of it is taken."""
+        """How much of a step no parameter moves too far by, if `rate` is taken."""
         longest = rate * relative_length(step, params)
         bound = self.max_relative_step
         return jnp.where(longest > bound, bound / longest, 1.0)
@@ -110,14 +112,12 @@ def above_least(model: PlaneModel, room: Array) -> PlaneModel:
 
 
 def relative_length(step: Any, params: Any) -> Float[Array, ""]:
-    """The longest of the steps of all matrices, relative to the matrix."""
+    """The longest of the steps of all parameters, relative to the parameter."""
 
     def relative(change, leaf):
-        if leaf.ndim < 2:
-            return jnp.zeros((), jnp.float32)
-        change, leaf = at_least_float32((change, leaf))
-        least = leaf.shape[-1] ** 0.5
-        return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(leaf), least)
+        units = leaf.shape[-1] if leaf.ndim else 1
+        change, leaf = map(jnp.ravel, at_least_float32((change, leaf)))
+        return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(leaf), units**0.5)
 
     lengths = jax.tree.leaves(jax.tree.map(relative, step, params))
     return jnp.max(jnp.stack(lengths)) if lengths else jnp.zeros((), jnp.float32)

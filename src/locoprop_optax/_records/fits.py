@@ -124,8 +124,10 @@ def _check_shapes(path: str, layer: LayerIntermediates, params: LayerParams) -> 
         if not hasattr(array, "dtype"):
             refuse(f"its {what}", array, "an array")
         dtype = array.dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            refuse(f"the dtype of its {what}", dtype, "a floating-point dtype")
+        kind = layer.linear_map.reads if what == "inputs" else jnp.floating
+        if not jnp.issubdtype(dtype, kind):
+            expected = "integers" if kind == jnp.integer else "a floating-point dtype"
+            refuse(f"the dtype of its {what}", dtype, expected)
     shape = layer.preactivations.shape
     if layer.cotangents.shape != shape:
         refuse("the shape of its cotangents", layer.cotangents.shape, shape)

@@ -28,13 +28,16 @@ class LayerIntermediates:
       cotangents: :math:`g = \partial L / \partial a`.
       gradient: :math:`x^\top g` of each of the layer's parameters by name, the
         gradient through the layer, so that the first local step costs nothing.
+      elsewhere: the gradient through all else that the model does with the layer's
+        parameters, by name. None (the default) if there is nothing.
       targets: the local targets, in the space that the local loss compares; None
         (the default) leaves them to the optimizer's `target`.
-      sampled_cotangents: cotangents of the same layer for labels that are sampled
-        from the model's own output, see `add_sampled_cotangents`. Default: None.
-      penalty: the gradient of what else the loss has in the layer's parameters, by
-        name; with `gradient` it is :math:`\partial L / \partial \theta`. None (the
-        default) if there is nothing.
+      sampled_cotangents: random cotangents of the same layer, of which the sum of
+        :math:`g g^\top` over the rows has the Gauss-Newton matrix as its expectation,
+        that of the loss in the layer's output, summed over the rows. Default: None.
+      penalty: the gradient of what the loss has in the layer's parameters apart from
+        the model, by name; the sum of the three is
+        :math:`\partial L / \partial \theta`. None (the default) if there is nothing.
       transfer: the function applied to the pre-activation. Default: identity.
       linear_map: how the pre-activation depends on the parameters. Default: a
         product with the kernel plus a bias.
@@ -48,6 +51,7 @@ class LayerIntermediates:
     gradient: Mapping[str, Array]
     targets: Float[Array, "*n d_out"] | None = None
     sampled_cotangents: Float[Array, "*m d_out"] | None = None
+    elsewhere: Mapping[str, Array] | None = None
     penalty: Mapping[str, Array] | None = None
     transfer: Transfer = field(default=IDENTITY, metadata={"static": True})
     linear_map: LinearMap = field(default=DENSE, metadata={"static": True})
@@ -66,9 +70,11 @@ class LayerIntermediates:
 
     def whole_gradient(self) -> LayerParams:
         """The gradient of the loss in the layer's parameters."""
-        if self.penalty is None:
-            return self.gradient
-        return {n: g + self.penalty[n] for n, g in self.gradient.items()}
+        whole = dict(self.gradient)
+        for part in (self.elsewhere, self.penalty):
+            if part is not None:
+                whole = {name: g + part[name] for name, g in whole.items()}
+        return whole
 
 
 class GaussNewton(Protocol):
@@ -128,7 +134,8 @@ class Intermediates:
         return _with_sampled(
             self,
             {
-                path: _joined_outputs(layer, [p[path] for p in parts]) / len(parts)
+                path: _joined_outputs(layer, [p[path] for p in parts])
+                / len(parts) ** 0.5
                 for path, layer in self.layers.items()
             },
         )
@@ -212,19 +219,21 @@ def add_sampled_cotangents(
     likelihood in its natural parameters is the Gauss-Newton matrix,
 
     .. math::
-      \operatorname{E}_{y \sim p(\cdot | x)} \big[ g\, g^\top \big],
+      n \operatorname{E}_{y \sim p(\cdot | x)} \Big[ \sum_i g_i\, g_i^\top \Big],
 
-    where that of the cotangents for the true labels is only the empirical one.
-    `targets.natural_gradient` and `targets.gauss_newton` use them. Under `jit` the
-    forward pass of both captures is computed once.
+    for a loss that is a mean over :math:`n` examples, where that of the cotangents for
+    the true labels is only the empirical one. `targets.natural_gradient` and
+    `targets.gauss_newton` use them. Under `jit` the forward pass of both captures is
+    computed once.
 
     Args:
       intermediates: from the loss.
       sampled: from the loss with sampled labels, at the same parameters. It may hold
-        other examples, or several labels for each.
+        other examples, or several labels for each. Each row of a layer counts as an
+        example, those of a convolution's positions together.
 
     Returns:
-      The first with the second's cotangents beside its own.
+      The first with the second's cotangents, times :math:`\sqrt n`, beside its own.
 
     Raises:
       ValueError: if the layers differ.
@@ -250,7 +259,10 @@ def add_sampled_cotangents(
       Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 2.
     """
     _check_same_layers(intermediates, sampled)
-    cotangents = {path: layer.cotangents for path, layer in sampled.layers.items()}
+    cotangents = {
+        path: layer.linear_map.examples(layer.cotangents) ** 0.5 * layer.cotangents
+        for path, layer in sampled.layers.items()
+    }
     return _with_sampled(intermediates, cotangents)
 
 
@@ -316,7 +328,7 @@ def _check_same_layers(*parts: Intermediates) -> None:
 
 def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
     first = layers[0]
-    for field_name in ("targets", "sampled_cotangents", "penalty"):
+    for field_name in ("targets", "sampled_cotangents", "elsewhere", "penalty"):
         missing = [getattr(layer, field_name) is None for layer in layers]
         if any(missing) and not all(missing):
             raise ValueError(f"Some of the parts hold {field_name}, others do not.")
@@ -327,9 +339,11 @@ def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
         for name in ("preactivations", "cotangents", "targets", "sampled_cotangents")
         if getattr(first, name) is not None
     }
-    for name in ("cotangents", "sampled_cotangents"):
-        if name in outputs:
-            outputs[name] = outputs[name] / len(layers)
+    outputs["cotangents"] = outputs["cotangents"] / len(layers)
+    if "sampled_cotangents" in outputs:
+        outputs["sampled_cotangents"] = (
+            outputs["sampled_cotangents"] / len(layers) ** 0.5
+        )
 
     def mean(*arrays):
         return sum(arrays) / len(arrays)
@@ -338,6 +352,7 @@ def _join(layers: list[LayerIntermediates]) -> LayerIntermediates:
         first,
         inputs=x,
         gradient=jax.tree.map(mean, *(la.gradient for la in layers)),
+        elsewhere=jax.tree.map(mean, *(la.elsewhere for la in layers)),
         penalty=jax.tree.map(mean, *(la.penalty for la in layers)),
         **outputs,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from locoprop_optax._records.form import Form
-from locoprop_optax._records.linear_maps import LayerParams, LinearMap
+from locoprop_optax._records.linear_maps import LayerParams, LinearMap, Lookup
 from locoprop_optax._records.paths import by_path, is_masked, map_by_path
 from locoprop_optax.losses._transfers import Transfer
 
@@ -44,6 +44,12 @@ class Layer:
     transfer: Transfer
     reason: str
     calls: tuple[Call, ...] = field(compare=False)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether different inputs read different rows of its weight."""
+        rows = self.forms["kernel"].result[len(self.stack)]
+        return isinstance(self.linear_map, Lookup) and rows > 1
 
     def is_like(self, other: Layer | None) -> bool:
         """Whether another layer has the same parameters, in the same form."""

@@ -7,6 +7,9 @@ its groups (one, but for grouped convolutions):
 .. math::
   a_g = X_g W_g + 1 b_g^\top, \qquad
   X_g: n \times d,\quad W_g: d \times o
+
+The design of a lookup has one entry of one in each row, that of an elementwise factor
+one entry, so that :math:`X^\top X` is diagonal and no matrix is made of it.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class Product:
 
     summed: int = 1
     outputs: int = 1
-    is_product = True  # so that XLA is as fast in a loop or under vmap
+    is_convolution = is_diagonal = units_apart = False
+    reads = jnp.floating
     ends_in_units = True
 
     def __str__(self) -> str:
@@ -80,6 +84,10 @@ class Product:
     def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
         """The matrices in the shapes of the parameters."""
         return _in_shapes(matrices, like)
+
+    def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
+        r"""The diagonal of :math:`X^\top X`."""
+        return jnp.sum(jnp.square(self.design(params, inputs)), axis=1)
 
     def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
         """The rows of several calls; their axes are made one where calls differ."""
@@ -113,7 +121,9 @@ class Convolution:
     kernel_dilation: tuple[int, ...]
     groups: int = 1
     summed = outputs = 1
-    is_product = False
+    is_convolution = True  # for which XLA is slow in a loop and under vmap
+    is_diagonal = units_apart = False
+    reads = jnp.floating
 
     @property
     def ends_in_units(self) -> bool:
@@ -178,6 +188,10 @@ class Convolution:
         kernel = jnp.moveaxis(matrices.kernel, 0, 1)
         return _in_shapes(matrices._replace(kernel=kernel), like)
 
+    def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
+        r"""The diagonal of :math:`X^\top X`."""
+        return jnp.sum(jnp.square(self.design(params, inputs)), axis=1)
+
     def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
         """The examples of several calls, one after another."""
         return jnp.concatenate(parts, axis=stack_dims)
@@ -187,7 +201,107 @@ class Convolution:
         return jnp.concatenate(parts, axis=stack_dims)
 
 
-LinearMap: TypeAlias = Product | Convolution
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table; inputs are their numbers. What is added is a lookup, too.
+
+    Its kernel has the shape `(rows of the table, outputs)`.
+
+    Attributes:
+      fixed: whether the same rows are read for each batch, as a summand's are.
+      clips: whether numbers out of the table mean its first or last row. Otherwise
+        they read zeros.
+    """
+
+    fixed: bool = False
+    clips: bool = False
+    summed, outputs = 0, 1
+    is_convolution, is_diagonal, units_apart = False, True, False
+    reads = jnp.integer
+    ends_in_units = True
+
+    def __str__(self) -> str:
+        """What it is called in tables."""
+        return "summand" if self.fixed else "lookup"
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """Looks the rows up."""
+        mode = "clip" if self.clips else "fill"
+        return params["kernel"].at[inputs].get(mode=mode, fill_value=0)
+
+    def examples(self, cotangents: Array) -> int:
+        """Each row counts as one."""
+        return math.prod(cotangents.shape[:-1])
+
+    def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
+        """How often each row of the table is read."""
+        rows = len(params["kernel"])
+        numbers = jnp.clip(inputs, 0, rows - 1) if self.clips else inputs
+        none = jnp.zeros(rows, params["kernel"].dtype)
+        return none.at[numbers.reshape(-1)].add(1, mode="drop")[None]
+
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The table, as it is."""
+        return Matrices(params["kernel"][None], None)
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The table."""
+        return _in_shapes(matrices, like)
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The numbers of several calls; their axes are made one where calls differ."""
+        return _joined(parts, stack_dims, 0)
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        return _joined(parts, stack_dims, 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An elementwise product with a vector, whose entries are units of their own."""
+
+    summed = outputs = 1
+    is_convolution, is_diagonal, units_apart = False, True, True
+    reads = jnp.floating
+    ends_in_units = True
+
+    def __str__(self) -> str:
+        """What it is called in tables."""
+        return "factor"
+
+    def __call__(self, params: LayerParams, inputs: Array) -> Array:
+        """The product."""
+        return inputs * params["kernel"]
+
+    def examples(self, cotangents: Array) -> int:
+        """Each row counts as one."""
+        return math.prod(cotangents.shape[:-1])
+
+    def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
+        """The sum of the squares of each entry's inputs."""
+        del params
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return jnp.sum(jnp.square(rows), axis=0)[None]
+
+    def to_matrices(self, params: LayerParams) -> Matrices:
+        """The vector as a column."""
+        return Matrices(params["kernel"][None, :, None], None)
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The vector."""
+        return _in_shapes(matrices, like)
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The rows of several calls; their axes are made one where calls differ."""
+        return _joined(parts, stack_dims, 1)
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        return _joined(parts, stack_dims, 1)
+
+
+LinearMap: TypeAlias = Product | Convolution | Lookup | Factor
 
 
 def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:

@@ -64,8 +64,10 @@ def value_and_grad(
         uses = uses_of(traced, layers)
         result, gradient, records, cotangents = run_recorded(traced, uses, arrays)
         grads = jax.tree.unflatten(jax.tree.structure(params), gradient)
-        collected = collect(traced, layers, uses, params, grads, records, cotangents)
         model = GaussNewton(arrays, gradient, key, traced, layers)
+        collected = collect(
+            traced, layers, uses, params, grads, model.penalties, records, cotangents
+        )
         value = jax.tree.unflatten(traced.returned, result)
         return value, grads, Intermediates(collected, model)
 

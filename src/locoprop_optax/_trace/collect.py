@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._records.layers import Layer, Layers
+from locoprop_optax._records.linear_maps import LayerParams
 from locoprop_optax._trace.find import layer_of, own_uses
 from locoprop_optax._trace.interpreter import (
     Places,
@@ -24,6 +26,7 @@ from locoprop_optax._trace.trace import Trace
 from locoprop_optax._trace.uses import Use
 
 Uses = Mapping[str, Sequence[Use]]
+Penalties = Mapping[str, jax.Array] | None
 
 
 def uses_of(traced: Trace, layers: Layers) -> Uses:
@@ -124,12 +127,27 @@ def collect(
     uses: Uses,
     params: Any,
     grads: Any,
+    penalties: Callable[[], Penalties],
     records: Places,
     cotangents: Places,
 ) -> dict[str, LayerIntermediates]:
-    """The intermediates of all layers."""
+    """The intermediates of all layers.
+
+    Args:
+      traced: the loss.
+      layers: its layers.
+      uses: of each layer.
+      params: the parameters.
+      grads: the gradients of the loss in them.
+      penalties: the gradients of what the loss has in parameters behind its cut; None
+        if there is no cut, so that all that is not of a layer is taken for a penalty.
+      records: of all uses.
+      cotangents: of all uses.
+    """
     own, gradients = layers.split(params), layers.split(grads)
-    elsewhere = _read_elsewhere(traced, uses)
+    read_elsewhere = _read_elsewhere(traced, uses)
+    parts = {path for layer in layers for path in layer.paths.values()}
+    penalized = None if read_elsewhere.isdisjoint(parts) else penalties()
     collected = {}
     for layer in layers:
         found = uses[layer.path]
@@ -143,21 +161,52 @@ def collect(
             linear_map=found[0].linear.linear_map,
             stack_dims=len(layer.stack),
         )
-        if not elsewhere.isdisjoint(layer.paths.values()):
-            through = record.pull_back(own[layer.path])
-            penalty = {name: record.gradient[name] - g for name, g in through.items()}
-            record = replace(record, gradient=through, penalty=penalty)
+        if not read_elsewhere.isdisjoint(layer.paths.values()):
+            record = _told_apart(record, layer, own[layer.path], penalized)
         collected[layer.path] = record
     return collected
+
+
+def _told_apart(
+    record: LayerIntermediates, layer: Layer, params: LayerParams, penalized: Penalties
+) -> LayerIntermediates:
+    """The gradient through the layer, the rest of the model, and penalties."""
+    whole, through = record.gradient, record.pull_back(params)
+    if penalized is None:
+        penalty = {name: whole[name] - g for name, g in through.items()}
+        return replace(record, gradient=through, penalty=penalty)
+    penalty = {
+        name: layer.forms[name](penalized[path])
+        if path in penalized
+        else jnp.zeros_like(through[name])
+        for name, path in layer.paths.items()
+    }
+    elsewhere = {
+        name: _without_rounding(whole[name], g, penalty[name])
+        for name, g in through.items()
+    }
+    return replace(record, gradient=through, elsewhere=elsewhere, penalty=penalty)
+
+
+def _without_rounding(
+    whole: jax.Array, through: jax.Array, penalty: jax.Array
+) -> jax.Array:
+    """What two parts leave of a gradient, where it is more than their rounding."""
+    rest = whole - through - penalty
+    size = jnp.maximum(jnp.abs(through), jnp.abs(penalty))
+    return jnp.where(jnp.abs(rest) > 16 * jnp.finfo(rest.dtype).eps * size, rest, 0)
 
 
 def _read_elsewhere(traced: Trace, uses: Uses) -> set[str]:
     """The parameters that the loss also reads in another way than by their layer."""
     reading = traced.reading
     elsewhere = set(reading.otherwise)
-    own = {use.position for found in uses.values() for use in found}
+    # What is added as the bias of a product has the product's pre-activation.
+    own = {
+        (id(use.graph), use.preactivation) for found in uses.values() for use in found
+    }
     for use in reading.uses:
-        if use.position not in own:
+        if (id(use.graph), use.preactivation) not in own:
             bias = [] if use.linear.bias is None else [use.linear.bias[0]]
             elsewhere.update([use.linear.weight, *bias])
     return {traced.paths[number] for number in elsewhere}

@@ -36,9 +36,9 @@ def layers(
 
     The loss is traced, without being run. A layer is a product of a parameter with
     something else, a matrix product in any number of axes or a convolution, together
-    with what is added to all of its rows. Parameters are taken as they are or
-    rearranged, in loops, under `jax.vmap` and `jax.checkpoint`, and whichever library
-    calls them.
+    with what is added to all of its rows; a lookup in a parameter; or an elementwise
+    factor or summand. Parameters are taken as they are or rearranged, in loops, under
+    `jax.vmap` and `jax.checkpoint`, and whichever library calls them.
 
     Args:
       loss_fn: a function from params, a tree of arrays, and any other arguments to a
@@ -130,31 +130,42 @@ def own_uses(traced: Trace, exclude: PathPattern | None) -> dict[int, list[Use]]
     """The uses of each parameter that are those of a layer.
 
     A layer computes the same in all its uses; of several things that a parameter is
-    used for, the one with most rows. What else it does has a share in its gradient
-    alone.
+    used for, a product with most rows, or else what has most. What else it does has a
+    share in its gradient alone.
     """
     reading = traced.reading
     by_weight: dict[int, dict[Any, list[Use]]] = {}
-    biases: dict[int, int] = {}
+    excluded = {at for at, path in enumerate(traced.paths) if matches(exclude, path)}
     for use in reading.uses:
-        weight, bias = use.linear.weight, use.linear.bias
-        if matches(exclude, traced.paths[weight]) or weight in reading.computed:
+        weight = use.linear.weight
+        if weight in excluded | reading.computed:
             continue
-        if bias and (
-            matches(exclude, traced.paths[bias[0]])
-            or biases.setdefault(bias[0], weight) != weight
-        ):
-            use = without_bias(use)
-        alike = by_weight.setdefault(weight, {})
-        alike.setdefault((use.linear, use.stack), []).append(use)
-    return {
-        weight: max(alike.values(), key=lambda uses: sum(_sizes(u).rows for u in uses))
-        for weight, alike in by_weight.items()
-    }
+        kind = use.linear._replace(bias=None), use.stack
+        by_weight.setdefault(weight, {}).setdefault(kind, []).append(use)
+    chosen, taken = [], set()
+    for alike in by_weight.values():
+        uses = max(alike.values(), key=_worth)
+        bias, *others = {u.linear.bias and u.linear.bias[0] for u in uses}
+        if bias is None or others or bias in taken | excluded:
+            uses = list(map(without_bias, uses))
+        else:
+            taken.add(bias)
+        chosen.append(uses)
+    chosen.sort(key=lambda uses: uses[0].position)
+    by_number = {uses[0].linear.weight: uses for uses in chosen}
+    return {number: uses for number, uses in by_number.items() if number not in taken}
+
+
+def _worth(uses: Sequence[Use]) -> tuple[bool, int]:
+    """Products come first, then what has more rows."""
+    is_product = not uses[0].linear.linear_map.is_diagonal
+    return is_product, sum(_sizes(use).rows for use in uses)
 
 
 def without_bias(use: Use) -> Use:
-    """A use whose bias is something by itself."""
+    """A use whose bias, if there is one, is something by itself."""
+    if use.linear.bias is None:
+        return use
     equations = use.graph.equations
     (number,) = next(e.outputs for e in equations if e.position == use.position)
     return use._replace(linear=use.linear._replace(bias=None), preactivation=number)
@@ -169,12 +180,15 @@ def _findings(
     known = list(known_transfers().values())
     products: dict[int, set[int]] = {}
     for use in (use for uses in chosen.values() for use in uses):
-        products.setdefault(id(use.graph), set()).add(use.preactivation)
+        if not use.linear.linear_map.is_diagonal:
+            products.setdefault(id(use.graph), set()).add(use.preactivation)
 
     def finding(path: str, uses: Sequence[Use]) -> Finding:
         for pattern, transfer in transfers.items():
             if matches(pattern, path):
                 return Finding(transfer, "given in transfers=")
+        if uses[0].linear.linear_map.is_diagonal:
+            return Finding(IDENTITY, "looked for behind products alone")
         found = [find_transfer(u, products[id(u.graph)], known) for u in uses]
         names = {other.transfer.name for other in found}
         if len(names) > 1:
@@ -253,8 +267,6 @@ def _why_not(traced: Trace, number: int, is_excluded: bool) -> str:
     if number in reading.hidden:
         return reading.hidden[number]
     ways = list(reading.otherwise.get(number, []))
-    if any(use.linear.bias and use.linear.bias[0] == number for use in reading.uses):
-        ways.append("added to what is no layer's product")
     return ", ".join(ways) if ways else "the loss does not depend on it"
 
 
@@ -281,6 +293,6 @@ def _check_found(
     if not found:
         seen = "; ".join(f"{path!r}: {why}" for path, why in others) or "none"
         raise ValueError(
-            "No layer was found: no parameter is multiplied with anything that is no "
-            f"parameter. Parameters: {seen}."
+            "No layer was found: no parameter is multiplied with, added to or looked "
+            f"up by anything that is no parameter. Parameters: {seen}."
         )

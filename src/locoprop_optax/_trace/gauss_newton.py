@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +83,23 @@ class GaussNewton:
             gradient=gradient,
         )
 
+    def penalties(self) -> dict[str, jax.Array] | None:
+        """The gradients of what the loss has in parameters behind its cut, by path.
+
+        None if it is not cut.
+        """
+        traced, cut = self.traced, self._cut()
+        if not cut.values:
+            return None
+        count = len(traced.paths)
+        leaves, rest = self.arrays[:count], self.arrays[count:]
+        loss = _CutLoss(traced.graph, cut, rest)
+        found = jax.grad(loss.behind)(loss.values(leaves))
+        return {
+            traced.paths[at]: gradient.astype(leaves[at].dtype)
+            for at, gradient in zip(cut.params, found[len(cut.values) :], strict=True)
+        }
+
     def _cut(self) -> Cut:
         """Where the loss is cut: where it was when its layers were found."""
         known, traced = self.layers.cut, self.traced
@@ -151,13 +167,14 @@ class _CutLoss:
         return at_least_float32(run(tail_of(graph, numbers), given)[loss])
 
     def sample(self, leaves: Sequence[Any], key: Any) -> dict[int, jax.Array]:
-        r"""Cotangents of the values with the second moment of those for sampled labels.
+        r"""Cotangents of the values with the loss's Hessian as their second moment.
 
-        Where the loss has the gradient :math:`w (f(a) - y)`, they are :math:`w r` with
-        random signs in :math:`r`, of which :math:`\operatorname{E}[r r^\top]` is the
-        Jacobian of :math:`f`, as it is of :math:`f(a) - y` for labels :math:`y` drawn
-        from the likelihood. Elsewhere their squares have the expectation of the
-        Hessian's diagonal. Without a key the signs are drawn from the batch's bits.
+        Where the loss has the gradient :math:`w (f(a) - y)`, they are
+        :math:`\sqrt w\, r` with random signs in :math:`r`, of which
+        :math:`\operatorname{E}[r r^\top]` is the Jacobian of :math:`f`, as it is of
+        :math:`f(a) - y` for labels :math:`y` drawn from the likelihood. Elsewhere their
+        squares have the expectation of the Hessian's diagonal. Without a key the signs
+        are drawn from the batch's bits.
         """
         key = jax.random.key(self._bits()) if key is None else key
         values = self.values(leaves)
@@ -181,9 +198,8 @@ class _CutLoss:
             drawn = jax.random.rademacher(jax.random.fold_in(key, at), a.shape, a.dtype)
             random = placed_like(drawn, a)
             if transfer is None:
-                rows = math.prod(a.shape[:-1]) if a.ndim > 1 else a.size
                 diagonal = jnp.maximum(signs[at] * own[at], 0)
-                sampled[number] = jnp.sqrt(diagonal / rows) * random
+                sampled[number] = jnp.sqrt(diagonal) * random
                 continue
             f = transfer.function
             _, sloped = jax.jvp(f, (middle[at],), (signs[at],))
@@ -195,7 +211,8 @@ class _CutLoss:
                 weights = curved[at] / sloped
                 slope = jax.jvp(f, (a,), (jnp.ones_like(a),))[1]
                 residual = jnp.sqrt(slope) * random
-            sampled[number] = (weights * residual).astype(a.dtype)
+            root = jnp.sqrt(jnp.maximum(weights, 0))
+            sampled[number] = (root * residual).astype(a.dtype)
         return sampled
 
     def _bits(self) -> jax.Array:

@@ -45,8 +45,8 @@ class Record(NamedTuple):
     """What one use of a layer leaves behind, as the trace has it.
 
     Attributes:
-      inputs: the product's other operand.
-      outputs: its result.
+      inputs: the operand that is the layer's input; None if there is none.
+      outputs: the result.
     """
 
     inputs: Any
@@ -178,7 +178,8 @@ def _record(
     perturbation: Any,
 ) -> tuple[list[Any], Record]:
     (result,) = evaluate_alone(jaxpr, equation, values)
-    return [result + perturbation], Record(values[1 - use.side], result)
+    other = None if use.other is None else values[use.other]
+    return [result + perturbation], Record(other, result)
 
 
 def _open(

@@ -33,7 +33,8 @@ SHAPE_ONLY = CAST | UNCHANGED | {RESHAPE, SQUEEZE, BROADCAST}
 ADD = {p.add_p, p.add_jaxvals_p}
 SUMS = ADD | {p.sub_p}
 STOP_GRADIENT = p.stop_gradient_p
-DOT, CONVOLUTION, LOOKUP = p.dot_general_p, p.conv_general_dilated_p, p.gather_p
+DOT, CONVOLUTION = p.dot_general_p, p.conv_general_dilated_p
+LOOKUP, SLICE = p.gather_p, p.slice_p
 ASSEMBLING = {p.concatenate_p, p.pad_p}
 PRODUCTS = {DOT, CONVOLUTION}
 
@@ -162,6 +163,56 @@ class Scan(NamedTuple):
             params["length"],
             {key: params[key] for key in ("length", "reverse", "unroll")},
         )
+
+
+class Gather(NamedTuple):
+    """Which rows of a table a gather reads, and how its axes are laid out.
+
+    Attributes:
+      axis: of the table that the rows are counted along.
+      batched: axes of the table that go along with axes of the indices.
+      index_batched: those of the indices.
+      kept: axes of the result that are the other axes of the table.
+      clips: whether indices out of the table mean its first or last row.
+    """
+
+    axis: int
+    batched: tuple[int, ...]
+    index_batched: tuple[int, ...]
+    kept: tuple[int, ...]
+    clips: bool
+
+    @classmethod
+    def of(cls, equation: core.JaxprEqn) -> Gather | None:
+        """What a gather does; None if it reads no whole rows along one axis."""
+        numbers, sizes = (
+            equation.params["dimension_numbers"],
+            list(equation.params["slice_sizes"]),
+        )
+        batched = tuple(numbers.operand_batching_dims)
+        if len(numbers.start_index_map) != 1:
+            return None
+        (axis,) = numbers.start_index_map
+        shape = shape_of(equation.invars[0])
+        one = {axis, *batched}
+        whole = [1 if at in one else size for at, size in enumerate(shape)]
+        if sizes != whole or {*numbers.collapsed_slice_dims} != {axis}:
+            return None
+        return cls(
+            axis,
+            batched,
+            tuple(numbers.start_indices_batching_dims),
+            tuple(numbers.offset_dims),
+            equation.params["mode"] == jax.lax.GatherScatterMode.CLIP,
+        )
+
+
+def sliced(equation: core.JaxprEqn) -> list[slice]:
+    """What a slice takes of each axis."""
+    params = equation.params
+    starts, stops = params["start_indices"], params["limit_indices"]
+    steps = params["strides"] or [1] * len(starts)
+    return list(map(slice, starts, stops, steps))
 
 
 def off_mesh(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,75 +1,20 @@
-"""What a product with a parameter in a trace computes, and in which layout."""
+"""What a product with a parameter in a trace computes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from locoprop_optax._records.form import Form
-from locoprop_optax._records.linear_maps import Convolution, LinearMap, Product
+from locoprop_optax._records.linear_maps import Convolution, Product
 from locoprop_optax._trace import primitives
+from locoprop_optax._trace.found import Found, Linear, layout_of
 from locoprop_optax._trace.graph import Equation
 from locoprop_optax._trace.primitives import dtype_of, shape_of
 from locoprop_optax._trace.source import Source
-
-
-class Layout(NamedTuple):
-    """From a value, as the trace has it, to a record: rows first, and units last.
-
-    Attributes:
-      order: of the value's axes, those of the loops around it in front.
-      shape: of the record.
-    """
-
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def __call__(self, value: jax.Array) -> jax.Array:
-        """The record."""
-        return value.transpose(self.order).reshape(self.shape)
-
-
-class Linear(NamedTuple):
-    """What a layer computes, whichever the batch; equal for all uses of a layer.
-
-    Attributes:
-      weight: the number of the parameter.
-      kernel: from the weight to the kernel of the linear map, stacked layers in front.
-      bias: the number of the bias, if there is one, and the same for it.
-      linear_map: from kernel and bias to pre-activations.
-    """
-
-    weight: int
-    kernel: Form
-    bias: tuple[int, Form] | None
-    linear_map: LinearMap
-
-
-class Found(NamedTuple):
-    """What one equation says of a layer.
-
-    Attributes:
-      linear: what is computed.
-      sliced: of each scan around it, whether it slices the weight.
-      stack: the shape of the axes that count stacked layers.
-      inputs: from the other operand to its record.
-      outputs: from the result to its record.
-      batched: the axes of the result that count stacked layers.
-      units: the axes of the result that count units.
-    """
-
-    linear: Linear
-    sliced: tuple[bool, ...]
-    stack: tuple[int, ...]
-    inputs: Layout
-    outputs: Layout
-    batched: Sequence[int]
-    units: Sequence[int]
 
 
 def product_of(
@@ -102,7 +47,7 @@ def _dot(
         out_rows, units = after_batch[: len(rows)], after_batch[len(rows) :]
     stacked = range(len(batch))
     kernel = source.transposed([*batch, *summed, *free])
-    outputs = _layout(value, scans, source.sliced, stacked, out_rows, units)
+    outputs = layout_of(value, scans, source.sliced, stacked, out_rows, units)
     if not free:  # one unit, which has no axis
         kernel = kernel.reshape((*kernel.result, 1))
         outputs = outputs._replace(shape=(*outputs.shape, 1))
@@ -111,7 +56,8 @@ def _dot(
         linear=Linear(source.number, kernel, None, linear_map),
         sliced=source.sliced,
         stack=kernel.result[: source.lead + len(batch)],
-        inputs=_layout(other, scans, source.sliced, x_batch, rows, x_summed),
+        other=1 - side,
+        inputs=layout_of(other, scans, source.sliced, x_batch, rows, x_summed),
         outputs=outputs,
         batched=stacked,
         units=units,
@@ -137,7 +83,7 @@ def _convolution(
     def layout(atom, spec):
         shape = shape_of(atom)
         batch, channels, *space = spec
-        found = _layout(shape, scans, source.sliced, [], [batch, *space], [channels])
+        found = layout_of(shape, scans, source.sliced, [], [batch, *space], [channels])
         examples = len(found.shape) - len(space) - 1
         stack, kept = found.shape[: source.lead], found.shape[examples:]
         count = math.prod(found.shape[source.lead : examples])
@@ -148,31 +94,12 @@ def _convolution(
         linear=Linear(source.number, kernel, None, linear_map),
         sliced=source.sliced,
         stack=kernel.result[: source.lead],
+        other=0,
         inputs=layout(equation.invars[0], specs.lhs_spec),
         outputs=layout(equation.outvars[0], specs.out_spec),
         batched=[],
         units=[specs.out_spec[1]],
     )
-
-
-def _layout(
-    shape: Sequence[int],
-    scans: Sequence[int],
-    sliced: Sequence[bool],
-    batch: Sequence[int],
-    rows: Sequence[int],
-    columns: Sequence[int],
-) -> Layout:
-    """Puts stacked layers in front of rows, those of loops first, and columns last."""
-    loops = len(scans)
-    whole = (*scans, *shape)
-    stacked = [at for at, is_slice in enumerate(sliced) if is_slice]
-    repeated = [at for at in range(loops) if at not in stacked]
-    batch, rows, columns = (
-        [loops + axis for axis in axes] for axes in (batch, rows, columns)
-    )
-    order = (*stacked, *batch, *repeated, *rows, *columns)
-    return Layout(tuple(order), tuple(whole[axis] for axis in order))
 
 
 def axes_after(equations: Sequence[Equation], ndim: int) -> list[int | None] | None:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from locoprop_optax._records.form import Form
 from locoprop_optax._trace import primitives
+from locoprop_optax._trace.diagonal import diagonal_of
+from locoprop_optax._trace.found import Found, Layout, Linear, SameRows
 from locoprop_optax._trace.graph import (
     Atom,
     Equation,
@@ -20,28 +22,21 @@ from locoprop_optax._trace.graph import (
     live_results,
 )
 from locoprop_optax._trace.primitives import Scan, dtype_of
-from locoprop_optax._trace.products import (
-    Found,
-    Layout,
-    Linear,
-    axes_after,
-    bias_form,
-    product_of,
-)
+from locoprop_optax._trace.products import axes_after, bias_form, product_of
 from locoprop_optax._trace.source import Source
 
 Sources = Mapping[int, Source]
 
 
 class Use(NamedTuple):
-    """One product of a parameter in a trace.
+    """One use of a parameter as that of a layer.
 
     Attributes:
-      position: of the equation of the product.
-      side: which of its operands is the parameter.
+      position: of the equation where the parameter enters linearly.
       linear: what is computed.
       stack: the shape of the axes that count stacked layers.
-      inputs: from the other operand to its record.
+      other: which of its operands is recorded as the input, if any.
+      inputs: from that operand to its record.
       outputs: from the result to its record.
       scans: the lengths of the scans around it.
       value: the type of the result in one turn of those.
@@ -53,10 +48,10 @@ class Use(NamedTuple):
     """
 
     position: Position
-    side: int
     linear: Linear
     stack: tuple[int, ...]
-    inputs: Layout
+    other: int | None
+    inputs: Layout | SameRows
     outputs: Layout
     scans: tuple[int, ...]
     value: Any
@@ -72,7 +67,7 @@ class Reading:
     """How a loss reads its parameters.
 
     Attributes:
-      uses: the products, in the order of their execution.
+      uses: those of layers, in the order of their execution.
       otherwise: of each parameter how else it is read, in words.
       hidden: of parameters whose products are not seen, why, in words.
       computed: the parameters that kernels are computed from.
@@ -84,7 +79,7 @@ class Reading:
     computed: set[int] = field(default_factory=set)
 
     def note(self, number: int, what: str, *, hides: bool = False) -> None:
-        """Notes that a parameter is read in another way than by a product."""
+        """Notes that a parameter is read in another way than by a layer."""
         known = self.otherwise.setdefault(number, [])
         if what not in known:
             known.append(what)
@@ -99,7 +94,8 @@ def read_parameters(graph: Graph, count: int) -> Reading:
         number: Source(at, Form(tuple(graph.avals[number].shape)))
         for at, number in enumerate(graph.inputs[:count])
     }
-    _Scope(graph, sources, graph.results[:1], reading).read()
+    data = {*graph.inputs[count:], *graph.held}
+    _Scope(graph, sources, data, graph.results[:1], reading).read()
     return reading
 
 
@@ -110,6 +106,7 @@ class _Scope:
         self,
         graph: Graph,
         sources: Sources,
+        data: set[int],
         results: Sequence[Atom],
         reading: Reading,
         scans: tuple[int, ...] = (),
@@ -120,6 +117,7 @@ class _Scope:
         self.results, self.live = set(filter(is_number, results)), graph.live(results)
         self.scans, self.outermost = scans, outermost
         self.sources: dict[int, Source] = dict(sources)
+        self.data = data
         self.computed: dict[int, tuple[set[int], str]] = {}
         self.active: set[Atom] = set()
         self.products: dict[int, tuple[int, Found]] = {}  # by the result's number
@@ -127,6 +125,8 @@ class _Scope:
     def read(self) -> None:
         """Reads the equations that the loss depends on."""
         for equation in self.graph.equations:
+            if self._is_data(equation.inputs):
+                self.data.update(equation.outputs)
             is_live = not self.live.isdisjoint(equation.outputs)
             if is_live and equation.primitive != primitives.STOP_GRADIENT:
                 self._read(equation)
@@ -158,24 +158,48 @@ class _Scope:
         if not more and equation.primitive in primitives.PRODUCTS:
             found = product_of(equation.source, place, source, self.scans)
             if found is not None:
-                self._add_use(equation, place, found)
+                self._add_product(equation, found)
                 return
-        is_sum = not more and equation.primitive in primitives.ADD
-        if is_sum and self._add_bias(equation, place, source):
+        if not more and equation.primitive in primitives.ADD:
+            self._add_bias(equation, place, source)
+        if not more and self._add_diagonal(equation, place, source):
             return
         for source in filter(None, operands):
             self._read_otherwise(equation, source)
 
-    def _add_use(self, equation: Equation, side: int, found: Found) -> None:
+    def _add_diagonal(self, equation: Equation, place: int, source: Source) -> bool:
+        """Whether a parameter is looked up, or an elementwise factor or summand.
+
+        Of these, other operands are more than parameters. The result may still be a
+        kernel that is computed.
+        """
+        others = [a for at, a in enumerate(equation.inputs) if at != place]
+        if others and not self._is_data(others):
+            return False
+        found = diagonal_of(equation.source, place, source, self.scans)
+        if found is not None:
+            self._add_use(equation, found)
+            self._may_compute(equation, source)
+        return found is not None
+
+    def _is_data(self, atoms: Sequence[Atom]) -> bool:
+        """Whether any of them depends on more than parameters and constants."""
+        return not self.data.isdisjoint(filter(is_number, atoms))
+
+    def _add_product(self, equation: Equation, found: Found) -> None:
         (number,) = equation.outputs
         self.active.add(number)
         self.products[number] = len(self.reading.uses), found
+        self._add_use(equation, found)
+
+    def _add_use(self, equation: Equation, found: Found) -> None:
+        (number,) = equation.outputs
         self.reading.uses.append(
             Use(
                 position=equation.position,
-                side=side,
                 linear=found.linear,
                 stack=found.stack,
+                other=found.other,
                 inputs=found.inputs,
                 outputs=found.outputs,
                 scans=self.scans,
@@ -188,8 +212,8 @@ class _Scope:
             )
         )
 
-    def _add_bias(self, addition: Equation, place: int, source: Source) -> bool:
-        """Whether what is added is the bias of a product, to whose use it then belongs.
+    def _add_bias(self, addition: Equation, place: int, source: Source) -> None:
+        """Notes that what is added is the bias of a product, if it is.
 
         That is so if the product goes nowhere else, and all its rows get the same.
         """
@@ -205,13 +229,12 @@ class _Scope:
                     self.reading.uses[at] = use._replace(
                         linear=linear, preactivation=addition.outputs[0]
                     )
-                return form is not None
+                return
             producer = self.graph.producers.get(number)
             if producer is None or len(producer.inputs) != 1:
-                return False
+                return
             forms.append(producer)
             (number,) = producer.inputs
-        return False
 
     def _is_read_once(self, number: int) -> bool:
         readers = [
@@ -223,12 +246,15 @@ class _Scope:
 
     def _enter(self, equation: Equation, operands: list[Source | None]) -> None:
         """Reads the functions of a loop or a condition."""
-        scans = self.scans
-        if equation.primitive == primitives.SCAN:
+        scans, loops = self.scans, equation.primitive == primitives.SCAN
+        is_fed = self._is_data(equation.inputs)
+        if loops:
             scans = (*scans, Scan.of(equation.source).length)
         for body in equation.bodies:
             results = live_results(equation, body, self.live)
-            scope = _Scope(body, {}, results, self.reading, scans, outermost=False)
+            scope = _Scope(
+                body, {}, set(body.held), results, self.reading, scans, outermost=False
+            )
             entering = zip(
                 equation.inputs[equation.offset :],
                 operands[equation.offset :],
@@ -238,6 +264,8 @@ class _Scope:
             for at, (atom, source, number) in enumerate(entering):
                 if is_number(atom) and atom in self.active:
                     scope.active.add(number)
+                if self._is_data([atom]) or (source is None and loops and is_fed):
+                    scope.data.add(number)
                 if self._is_computed(atom):
                     scope.computed[number] = self.computed[atom]
                 if source is None or number not in scope.live:
@@ -261,10 +289,13 @@ class _Scope:
         return source.inside_scan(is_slice=at >= scan.consts)
 
     def _read_otherwise(self, equation: Equation, source: Source) -> None:
-        name = equation.primitive.name
         what, hides = _in_words(equation)
         self.reading.note(source.number, what, hides=hides)
+        self._may_compute(equation, source)
+
+    def _may_compute(self, equation: Equation, source: Source) -> None:
         if self._is_as_large(equation, math.prod(source.shape)):
+            name = equation.primitive.name
             self._compute(equation.outputs[0], {source.number}, name)
 
     def _compute(self, number: int, parameters: set[int], name: str) -> None:

@@ -15,10 +15,12 @@ def with_fallback(
 ) -> optax.GradientTransformationExtraArgs:
     """Hands layers to one transformation and all other parameters to another.
 
-    A step of either that is not finite is a step of neither.
+    Tables go to the other, too: what suits a batch best hardly moves them, and they
+    learn little. A step of either that is not finite is a step of neither.
     """
     fallback = optax.adamw(1e-2) if fallback is None else fallback
-    paths = {path for layer in layers for path in layer.paths.values()}
+    local_layers = (layer for layer in layers if not layer.is_table)
+    paths = {path for layer in local_layers for path in layer.paths.values()}
 
     def label(params):
         check_params(params, layers)

@@ -46,9 +46,9 @@ def locoprop_m(
         RMSProp as TensorFlow 1 defines it, with second-moment decay 0.9 from an
         initial value of 1, momentum 0.999 and epsilon 1e-5 inside the root.
       regularizer: the local regularizer. Default: `regularizers.none()`.
-      fallback: a complete optimizer for all parameters that are no layers. Default:
-        one step of the local optimizer along :math:`\gamma` times the backprop
-        gradient, which is what one local step is.
+      fallback: a complete optimizer for all parameters that are no layers, and for
+        tables that are looked up. Default: one step of the local optimizer along
+        :math:`\gamma` times the backprop gradient, which is what one local step is.
       stack_layers: whether equal layers are solved together, as in
         `scale_by_locoprop`.
       precision: of the solver's matrix products, as in `scale_by_locoprop`.
@@ -124,8 +124,7 @@ def locoprop_s(
       decay_floor: the step size decays linearly within a batch to this share.
       optimizer: the local optimizer, as in `locoprop_m`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
-      fallback: a complete optimizer for all parameters that are no layers, as in
-        `locoprop_m`.
+      fallback: a complete optimizer for all other parameters, as in `locoprop_m`.
       stack_layers: whether equal layers are solved together, as in
         `scale_by_locoprop`.
       precision: of the solver's matrix products, as in `scale_by_locoprop`.

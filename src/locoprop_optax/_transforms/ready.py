@@ -52,8 +52,8 @@ def locoprop(
         another `least_loss`. None follows the model wherever it leads. Default:
         `TrustRegion()`.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
-      fallback: a complete optimizer for all parameters that are no layers. Default:
-        `optax.adamw(1e-2)`.
+      fallback: a complete optimizer for all parameters that are no layers, and for
+        tables that are looked up. Default: `optax.adamw(1e-2)`.
       stack_layers: whether equal layers are solved together, as in
         `scale_by_locoprop`.
       precision: of the solver's matrix products, as in `scale_by_locoprop`.
@@ -159,8 +159,8 @@ def locoprop_momentum(
         at once.
       momentum: :math:`\mu` in [0, 1); None for none.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
-      fallback: a complete optimizer for all parameters that are no layers. Default:
-        `optax.adamw(1e-2)`.
+      fallback: a complete optimizer for all parameters that are no layers, and for
+        tables that are looked up. Default: `optax.adamw(1e-2)`.
       stack_layers: whether equal layers are solved together, as in
         `scale_by_locoprop`.
       precision: of the solver's matrix products, as in `scale_by_locoprop`.

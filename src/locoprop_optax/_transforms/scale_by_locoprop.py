@@ -126,14 +126,13 @@ def scale_by_locoprop(
     def init(params):
         check_params(params, layers)
         local = layers.split(params)
-        stacks = {layer.path: layer.stack for layer in layers}
+        found = {layer.path: layer for layer in layers}
         return ScaleByLocoPropState(
             count=jnp.zeros((), jnp.int32),
             target={
-                path: target.init(part["kernel"], len(stacks[path]))
-                for path, part in local.items()
+                path: target.init(found[path], part) for path, part in local.items()
             },
-            solver=solver.init(local),
+            solver=solver.init(local, found),
             diagnostics={p: no_diagnostics() for p in local} if diagnostics else (),
         )
 
@@ -147,6 +146,8 @@ def scale_by_locoprop(
             intermediates = intermediates.sampled()
         records = match_layers(intermediates, params, layers)
         local = layers.split(params)
+        if not local:
+            return updates, state
 
         def penalty_of(record, name):
             """The gradient of penalties, where the problems know nothing of them."""
@@ -175,7 +176,7 @@ def scale_by_locoprop(
                 alone=[
                     path
                     for path, record in records.items()
-                    if not (stacked and record.linear_map.is_product)
+                    if not stacked or record.linear_map.is_convolution
                 ],
                 mesh_axis=mesh_axis,
             )

@@ -116,14 +116,15 @@ def conjugate_gradient(
         relative = at(damping, count)
         return problems.map(lambda problem: solve_layer(problem, relative)), state
 
-    return Solver(lambda params: (), solve)
+    return Solver(lambda params, layers: (), solve)
 
 
 def _mean_eigenvalue(problem: LocalProblem) -> jax.Array:
     r"""Of :math:`x^\top x`, with a column of ones if there is a bias."""
-    design = problem.linear_map.design(problem.params, problem.inputs)
-    groups, rows, _ = design.shape
-    total = jnp.sum(jnp.square(design.astype(problem.preactivations.dtype)))
-    if "bias" in problem.params:
-        total = total + groups * rows
-    return total / (groups * problem.sizes()[1])
+    squares = problem.linear_map.squares(problem.params, problem.inputs)
+    groups, columns = squares.shape
+    total = jnp.sum(squares.astype(problem.preactivations.dtype))
+    if "bias" not in problem.params:
+        return total / squares.size
+    rows = problem.sizes()[0]
+    return (total + groups * rows) / (groups * (columns + 1))

@@ -103,7 +103,7 @@ def first_order(
         assert learning_rate is not None
         return optimizer(decay * at(learning_rate, count)), 1.0
 
-    def init(params):
+    def fresh(params):
         now, _ = optimizer_at(jnp.zeros((), jnp.int32), 1.0)
         return now.init(at_least_float32(params))
 
@@ -134,7 +134,7 @@ def first_order(
         if local_batch_size is None:
             problems = problems.with_gram(num_steps - 1)
         first = problems.gradient_at_start()
-        start = init(params) if reset else state
+        start = fresh(params) if reset else state
         carry = advance(0, first, problems.no_step(), start)
         if tolerance is None:
             numbers = range(1, num_steps)
@@ -159,7 +159,7 @@ def first_order(
             _, (step, end), _ = jax.lax.while_loop(unfinished, step_unless_done, begin)
         return step, state if reset else end
 
-    return Solver(init, solve, scales_gradient=True)
+    return Solver(lambda params, layers: fresh(params), solve, scales_gradient=True)
 
 
 def _lengths(problems: LocalProblems, tree: Any, scale: float = 1.0) -> Array:

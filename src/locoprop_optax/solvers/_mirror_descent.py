@@ -67,4 +67,4 @@ def mirror_descent(num_steps: int = 1) -> Solver:
         del count
         return problems.map(solve_layer), state
 
-    return Solver(lambda params: (), solve, scales_gradient=True)
+    return Solver(lambda params, layers: (), solve, scales_gradient=True)

@@ -1,18 +1,24 @@
 """Newton steps on a quadratic above the local problem, and the exact solution."""
 
-import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from locoprop_optax._problems.gram import Gram, Inverse
+from locoprop_optax._problems.gram import (
+    DiagonalGram,
+    DiagonalInverse,
+    Gram,
+    Inverse,
+)
 from locoprop_optax._problems.problem import SQUARED_LOSS, LocalProblem
+from locoprop_optax._records.layers import Layer
 from locoprop_optax._records.linear_maps import LayerParams
 from locoprop_optax._transforms.keep_finite import increased
+from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.errors import LayerError
 from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
@@ -23,6 +29,8 @@ from locoprop_optax._utils.hyperparams import (
     check_static,
 )
 from locoprop_optax.solvers._solver import Solver, repeat
+
+G = TypeVar("G", Gram, DiagonalGram)
 
 
 def majorized_newton(
@@ -72,11 +80,8 @@ def majorized_newton(
       TypeError: if `num_steps` or `stride` is no Python int.
       ValueError: if `num_steps` or `stride` is below 1, `damping` negative, `ema` not
         in [0, 1) or given for more than one step; when a step is traced, if the loss or
-        the regularizer has no bounded curvature; with `ema`, if a layer is a stack,
-        works in groups or has several axes of outputs, as attention's queries have, so
-        that the shape of its state cannot be told from its kernel; with `stride`, if
-        the first axis of a layer's inputs does not count examples. The message names
-        the layer.
+        the regularizer has no bounded curvature; with `stride`, if the first axis of a
+        layer's inputs does not count examples. The message names the layer.
 
     Example:
       >>> import locoprop_optax as loco
@@ -93,9 +98,9 @@ def majorized_newton(
             "over batches does not bound this batch's, so that further steps diverge."
         )
 
-    def init(params):
+    def init(params, layers):
         return MajorizedNewtonState(
-            curvature={p: _no_curvature(part) for p, part in params.items()}
+            curvature={p: _no_curvature(layers[p], part) for p, part in params.items()}
             if ema
             else (),
             raised_damping=jnp.zeros((), jnp.int32),
@@ -105,11 +110,6 @@ def majorized_newton(
         layers = problems.with_gram(num_steps - 1, is_formed=stride == 1).grouped
         grams, averages = layers.map(partial(LocalProblem.to_gram, stride=stride)), ()
         if ema:
-            for path in layers.stacks():
-                raise ValueError(
-                    f"Layer {path!r} is a stack of layers, for which `ema` has no "
-                    "state. Use ema=0.0, or name the layer in `exclude=`."
-                )
             average = partial(_averaged, ema=ema, count=count)
             known = layers.like(state.curvature)
             grams, moved = grams.map(average, known).unzip()
@@ -227,29 +227,30 @@ class _Factor(NamedTuple):
       raised: whether the trace stands for the curvature.
     """
 
-    inverse: Inverse
+    inverse: Inverse | DiagonalInverse
     strength: Float[Array, "g 1 1"]
     raised: Bool[Array, ""]
 
 
-def _no_curvature(params: LayerParams) -> Gram:
-    """The state of `ema` before the first batch, by the kernel's shape."""
-    kernel = params["kernel"]
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    no_examples = jnp.zeros((1, 0, math.prod(kernel.shape[:-1])), dtype)
-    return Gram.of(no_examples, "bias" in params)
+def _no_curvature(layer: Layer, params: LayerParams) -> Gram | DiagonalGram:
+    """The state of `ema` before the first batch, by the shapes of the parameters."""
+
+    def none(params):
+        kernel, bias = layer.linear_map.to_matrices(at_least_float32(dict(params)))
+        groups, columns, _ = kernel.shape
+        rows = jnp.zeros((), kernel.dtype)
+        if layer.linear_map.is_diagonal:
+            return DiagonalGram(jnp.zeros((groups, columns, 1), kernel.dtype), rows)
+        inner = jnp.zeros((groups, columns, columns), kernel.dtype)
+        return Gram(inner, None if bias is None else inner[..., :1], rows)
+
+    for _ in layer.stack:
+        none = jax.vmap(none)
+    return none(dict(params))
 
 
-def _averaged(
-    gram: Gram, average: Gram, *, ema: float, count: Array
-) -> tuple[Gram, Gram]:
+def _averaged(gram: G, average: G, *, ema: float, count: Array) -> tuple[G, G]:
     """The averaged Gram matrices, as if of this batch's rows, and the new average."""
-    if gram.inner.shape != average.inner.shape:
-        raise LayerError(
-            f"`ema` has a state of shape {average.inner.shape} for it, by its kernel, "
-            f"but its curvature has the shape {gram.inner.shape}. Use ema=0.0, or name "
-            "the layer in `exclude=`."
-        )
     correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
     average = jax.tree.map(
         lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram
@@ -257,14 +258,16 @@ def _averaged(
     return jax.tree.map(lambda leaf: correction * leaf, average), average
 
 
-def _curvature(problem: LocalProblem, gram: Gram) -> tuple[Gram, Array, Array]:
+def _curvature(problem: LocalProblem, gram: G) -> tuple[G, Array, Array]:
     """What bounds a layer's Hessian: the Gram matrix, c, and the regularizer's part."""
     bound, penalty = bounds(problem, "majorized_newton")
     dtype = gram.inner.dtype
     return gram, jnp.asarray(bound, dtype), jnp.asarray(penalty, dtype)
 
 
-def _factorize(curvature: tuple[Gram, Array, Array], *, damping: Any) -> _Factor:
+def _factorize(
+    curvature: tuple[Gram | DiagonalGram, Array, Array], *, damping: Any
+) -> _Factor:
     """Damps and inverts what bounds a layer's Hessian.
 
     Where rounding leaves nothing definite, the damping is raised to the trace.

@@ -1,6 +1,6 @@
 """What a solver is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from locoprop_optax._problems.problem import LocalProblem, LocalProblems
+from locoprop_optax._records.layers import Layer
+from locoprop_optax._records.linear_maps import LayerParams
 
 T = TypeVar("T")
 
@@ -16,7 +18,8 @@ class Solver(NamedTuple):
     """A solver, as a pair of pure functions.
 
     Attributes:
-      init: from the layers' parameters, by path and by name, to the solver's state.
+      init: from the layers' parameters, by path and by name, and the layers by path,
+        to the solver's state.
       solve: from (problems, state, count) to (steps, new state), steps in the form of
         the parameters.
       scales_gradient: whether the step follows the gradient at a rate of the solver's
@@ -24,7 +27,7 @@ class Solver(NamedTuple):
         added to the step as it is, and does not go through an inverse of curvature.
     """
 
-    init: Callable[[Any], Any]
+    init: Callable[[Mapping[str, LayerParams], Mapping[str, Layer]], Any]
     solve: Callable[[LocalProblems, Any, Array], tuple[Any, Any]]
     scales_gradient: bool = False
 
@@ -43,7 +46,7 @@ def repeat(
       numbers: those of the steps to take.
       *problems: whose gradients the steps need.
     """
-    if all(problem.linear_map.is_product for problem in problems):
+    if not any(problem.linear_map.is_convolution for problem in problems):
         body = lambda step, number: (advance(step, number), None)  # noqa: E731
         return jax.lax.scan(body, start, jnp.arange(numbers.start, numbers.stop))[0]
     for number in numbers:

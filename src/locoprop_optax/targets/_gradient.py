@@ -59,7 +59,7 @@ def gradient_descent(learning_rate: ScalarOrSchedule) -> Target:
         del loss
         return _scaled(layer, at(learning_rate, count)), state
 
-    return Target(lambda kernel, stack_dims: (), update)
+    return Target(lambda layer, params: (), update)
 
 
 def normalized(
@@ -97,8 +97,8 @@ def normalized(
     check_positive("learning_rate (γ of the target)", learning_rate)
     check_share("decay", decay)
 
-    def init(kernel, stack_dims):
-        return zeros_for(kernel, stack_dims, *kernel.shape[-1:] * by_unit)
+    def init(layer, params):
+        return zeros_for(layer, params, *params["kernel"].shape[-1:] * by_unit)
 
     def update(layer, loss, state, count):
         del loss

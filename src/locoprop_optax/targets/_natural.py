@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from locoprop_optax._problems.inverse import in_full_precision, inverse
 from locoprop_optax._utils.dtypes import at_least_float32
@@ -33,20 +34,24 @@ def natural_gradient(
 ) -> Target:
     r"""A natural-gradient step of the layer's output: the output side of K-FAC.
 
-    With :math:`n` examples and the second moment :math:`C` of their own cotangents,
+    With :math:`n` rows, and the Gauss-Newton matrix :math:`C` of the loss in the
+    layer's output, summed over the rows,
 
     .. math::
       t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
       \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
-      C \leftarrow \beta C
-      + (1 - \beta) \operatorname{mean}\big( n g_i\, n g_i^\top \big), \quad
+      C \leftarrow \beta C + (1 - \beta) \sum_i \tilde g_i\, \tilde g_i^\top, \quad
       \hat C = \frac{C}{1 - \beta^k}
 
-    after :math:`k` batches. :math:`C` is made of the sampled cotangents wherever the
-    loss has curvature, and is then the Fisher matrix; else it is the empirical Fisher
-    matrix. With `losses.squared_loss` and `solvers.exact` this is K-FAC. Each
-    row of a Dense layer counts as an example; a convolution's positions do not, but
-    share one second moment (KFC), as the heads of an attention projection do.
+    after :math:`k` batches, so that :math:`t - f(a_0)` is the Newton step of a row, if
+    all have the same curvature. Wherever the loss has curvature, :math:`\tilde g` are
+    the sampled cotangents, and :math:`C` is the Fisher matrix; else they are the
+    layer's own times the root of the number of examples, which makes the empirical
+    Fisher matrix of a loss that is a mean over examples. Each row of a Dense layer then
+    counts as an example, and a convolution's positions as one. With
+    `losses.squared_loss` and `solvers.exact` this is K-FAC. Positions of a convolution
+    (KFC) and heads of an attention projection share one second moment. An elementwise
+    factor has one number for each unit.
 
     Args:
       learning_rate: :math:`\gamma > 0`, a float or a schedule.
@@ -83,31 +88,45 @@ def natural_gradient(
     @in_full_precision
     def update(layer, loss, state, count):
         del loss
-        units = layer.cotangents.shape[-1]
-        sampled = layer.sampled_cotangents
-        seen = layer.cotangents if sampled is None else sampled
-        per_example = layer.linear_map.examples(seen) * at_least_float32(
-            seen.reshape(-1, units)
+        linear_map, units = layer.linear_map, layer.cotangents.shape[-1]
+        rows = layer.cotangents.size // units
+        own = linear_map.examples(layer.cotangents) ** 0.5 * at_least_float32(
+            layer.cotangents
         )
-        second_moment = per_example.T @ per_example / len(per_example)
-        state, unbiased = average_in(state, second_moment, decay, count)
-        rows = layer.linear_map.examples(layer.cotangents)
-        own = jnp.mean((rows * at_least_float32(layer.cotangents)) ** 2)
-        mean = jnp.maximum(jnp.trace(unbiased) / units, LEAST_SHARE * own)
+        sampled = layer.sampled_cotangents
+        seen = own if sampled is None else at_least_float32(sampled)
+        moment = _second_moment(seen.reshape(-1, units), linear_map.units_apart)
+        state, unbiased = average_in(state, moment, decay, count)
+        trace = jnp.trace(unbiased) if unbiased.ndim > 1 else jnp.sum(unbiased)
+        mean = jnp.maximum(trace, LEAST_SHARE * jnp.sum(own**2)) / units
         diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
+        rate = at(learning_rate, count) * rows
+        if linear_map.units_apart:
+            scale = (rate / (unbiased + diagonal)).astype(state.dtype)
+            outputs, gradient = jax.tree.map(
+                lambda leaf: scale * leaf, (layer.cotangents, layer.gradient)
+            )
+            return Displacement(outputs, gradient), state
         metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
-        transform = (at(learning_rate, count) * rows * metric).astype(state.dtype)
-        if layer.linear_map.ends_in_units:
+        transform = (rate * metric).astype(state.dtype)
+        if linear_map.ends_in_units:
             outputs, gradient = jax.tree.map(
                 lambda leaf: leaf @ transform, (layer.cotangents, layer.gradient)
             )
             return Displacement(outputs, gradient), state
         return Displacement(layer.cotangents @ transform), state
 
-    def init(kernel, stack_dims):
-        return zeros_for(kernel, stack_dims, *2 * kernel.shape[-1:])
+    def init(layer, params):
+        units = params["kernel"].shape[-1]
+        apart = layer.linear_map.units_apart
+        return zeros_for(layer, params, *(units,) if apart else (units, units))
 
     return Target(init, update, samples=True)
+
+
+def _second_moment(rows: Array, units_apart: bool) -> Array:
+    """Of the units with one another, or of each by itself, summed over rows."""
+    return jnp.sum(jnp.square(rows), axis=0) if units_apart else rows.T @ rows
 
 
 def gauss_newton(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_optax._records.intermediates import LayerIntermediates
+from locoprop_optax._records.layers import Layer
+from locoprop_optax._records.linear_maps import LayerParams
 from locoprop_optax.losses import Loss
 
 
@@ -28,22 +30,22 @@ class Target(NamedTuple):
     """A target for one layer, as a pair of pure functions.
 
     Attributes:
-      init: from a layer's kernel, and how many of its axes count stacked layers, to the
-        target's state for it, a pytree of arrays with the same axes in front.
+      init: from a layer, and its parameters by name, to the target's state for it, a
+        pytree of arrays, those of stacked layers stacked in front.
       update: from (intermediates, local loss, state, count) to (displacement, new
         state), for one layer of a stack.
       samples: whether it wants sampled cotangents in the intermediates.
     """
 
-    init: Callable[[Array, int], Any]
+    init: Callable[[Layer, LayerParams], Any]
     update: Callable[[LayerIntermediates, Loss, Any, Array], tuple[Displacement, Any]]
     samples: bool = False
 
 
-def zeros_for(kernel: Array, stack_dims: int, *shape: int) -> Array:
+def zeros_for(layer: Layer, params: LayerParams, *shape: int) -> Array:
     """State for a layer, with room for each layer of a stack."""
-    dtype = jnp.promote_types(kernel.dtype, "float32")
-    return jnp.zeros(kernel.shape[:stack_dims] + shape, dtype)
+    dtype = jnp.promote_types(params["kernel"].dtype, "float32")
+    return jnp.zeros((*layer.stack, *shape), dtype)
 
 
 def average_in(

@@ -68,9 +68,9 @@ def momentum(target: Target, decay: float = 0.9) -> Target:
     """
     check_share("decay", decay)
 
-    def init(kernel, stack_dims):
-        velocity = zeros_for(kernel, stack_dims, kernel.shape[-1])
-        return target.init(kernel, stack_dims), velocity
+    def init(layer, params):
+        velocity = zeros_for(layer, params, params["kernel"].shape[-1])
+        return target.init(layer, params), velocity
 
     def update(layer, loss, state, count):
         inner, velocity = state
