@@ -143,3 +143,73 @@ def diffused() -> Data:
     waves = [wave(2**k * angle) for k in range(4) for wave in (np.sin, np.cos)]
     inputs = np.concatenate([seen, *waves], axis=1)
     return parted(inputs.astype(np.float32), noise.astype(np.float32))
+
+
+def _values(states: np.ndarray) -> np.ndarray:
+    """What four actions are worth in each state, by a random network."""
+    rng = np.random.default_rng(1)
+    hidden = np.tanh(states @ rng.normal(size=(states.shape[1], 32)))
+    return hidden @ rng.normal(size=(32, 4)) / np.sqrt(32)
+
+
+@cache
+def states() -> Data:
+    """Normal states."""
+    x = np.random.default_rng(0).normal(size=(2000, 6))
+    return parted(x.astype(np.float32))
+
+
+@cache
+def advantages() -> Data:
+    """States, actions drawn evenly, and how much better than the mean these are."""
+    rng = np.random.default_rng(0)
+    x, actions = rng.normal(size=(2000, 6)), rng.integers(0, 4, 2000)
+    values = _values(x)
+    gained = values[np.arange(2000), actions] - values.mean(axis=1)
+    noisy = gained + 0.2 * rng.normal(size=2000)
+    scaled = (noisy / noisy.std()).astype(np.float32)
+    return parted(x.astype(np.float32), actions.astype(np.int32), scaled)
+
+
+@cache
+def returns() -> Data:
+    """States, actions drawn evenly, and rewards with the values of what follows."""
+    rng = np.random.default_rng(0)
+    x, actions = rng.normal(size=(2000, 6)), rng.integers(0, 4, 2000)
+    rewards = 3 * _values(x)[np.arange(2000), actions]
+    after = x + 0.3 * rng.normal(size=x.shape)
+    targets = (rewards + 0.9 * _values(after).max(axis=1)).astype(np.float32)
+    return parted(x.astype(np.float32), actions.astype(np.int32), targets)
+
+
+@cache
+def square() -> Data:
+    """Pairs of points, inside the unit square and on its boundary."""
+    rng = np.random.default_rng(0)
+    inside, around = rng.random((2, 2000, 2))
+    side = rng.integers(0, 4, 2000)
+    around[np.arange(2000), side % 2] = side // 2
+    return parted(np.stack([inside, around], axis=1).astype(np.float32))
+
+
+@cache
+def communities() -> Data:
+    """Graphs of two groups, as means over neighbours, noisy features, the group."""
+    rng = np.random.default_rng(0)
+    count, nodes = 400, 24
+    groups = rng.integers(0, 2, (count, nodes))
+    alike = groups[:, :, None] == groups[:, None, :]
+    drawn = np.triu(rng.random(alike.shape) < np.where(alike, 0.4, 0.15), 1)
+    links = drawn + drawn.transpose(0, 2, 1) + np.eye(nodes)
+    means = links / links.sum(axis=2, keepdims=True)
+    features = rng.normal(size=(count, nodes, 4)) + 0.5 * (2 * groups[..., None] - 1)
+    graphs = np.concatenate([means, features], axis=2).astype(np.float32)
+    return parted(graphs, groups.astype(np.int32))
+
+
+@cache
+def views() -> Data:
+    """Two noisy views of each digit."""
+    images = np.concatenate([part[0] for part in digits()]).reshape(-1, 1, 64)
+    noise = np.random.default_rng(0).normal(size=(len(images), 2, 64))
+    return parted((images + 0.3 * noise).astype(np.float32))

@@ -89,16 +89,19 @@ class GPT(nn.Module):
       characters: how many there are.
       width: of the stream.
       blocks: how many follow each other.
+      tied: whether the logits are products with the embedding.
     """
 
     characters: int
     width: int = 48
     blocks: int = 2
+    tied: bool = False
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
         """From characters to the logits of those that follow."""
-        x = nn.Embed(self.characters, self.width)(text)
+        embed = nn.Embed(self.characters, self.width)
+        x = embed(text)
         shape = (text.shape[-1], self.width)
         x = x + self.param("positions", nn.initializers.normal(0.02), shape)
         mask = nn.make_causal_mask(text)
@@ -106,7 +109,8 @@ class GPT(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
             y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x = x + nn.Dense(self.width)(y)
-        return nn.Dense(self.characters)(nn.LayerNorm()(x))
+        x = nn.LayerNorm()(x)
+        return embed.attend(x) if self.tied else nn.Dense(self.characters)(x)
 
 
 class DilatedText(nn.Module):
@@ -138,6 +142,88 @@ class ConvAutoencoder(nn.Module):
         x = nn.tanh(nn.Conv(8, (3, 3), 2)(x)).reshape(len(x), -1)
         x = nn.tanh(nn.Dense(128)(nn.Dense(16)(x))).reshape(-1, 4, 4, 8)
         return nn.ConvTranspose(1, (3, 3), (2, 2))(x)
+
+
+class RowReader(nn.Module):
+    """An LSTM over the rows of images, and a layer of where it ends."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """From images to logits."""
+        rows = images.reshape(*images.shape[:2], -1)
+        return nn.Dense(10)(nn.RNN(nn.LSTMCell(32))(rows)[:, -1])
+
+
+class VAE(nn.Module):
+    """Images through a random code of 4 numbers and back; new noise in each step."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """From images to the logits of their pixels, and the code's moments."""
+        steps = self.variable("noise", "steps", jnp.zeros, (), jnp.int32)
+        if self.is_mutable_collection("noise") and not self.is_initializing():
+            steps.value += 1
+        key = jax.random.fold_in(jax.random.key(0), steps.value)
+        h = nn.relu(nn.Dense(64)(images.reshape(len(images), -1)))
+        mean, log_variance = nn.Dense(4)(h), nn.Dense(4)(h)
+        noise = jax.random.normal(key, mean.shape)
+        code = mean + jnp.exp(0.5 * log_variance) * noise
+        logits = nn.Dense(64)(nn.relu(nn.Dense(64)(code)))
+        return logits.reshape(images.shape), mean, log_variance
+
+
+class Poisson(nn.Module):
+    r"""A network for :math:`-\Delta u = f` on a square, where u is zero around it."""
+
+    @nn.compact
+    def __call__(self, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """From points inside and on the boundary to what is wrong there."""
+        inside, boundary = points[:, 0], points[:, 1]
+        network = MLP((32, 32, 1), nn.tanh)
+        at_boundary = network(boundary)
+        alone, variables = network.unbind()
+
+        def u(point):
+            return alone.apply(variables, point[None])[0, 0]
+
+        laplacian = jax.vmap(lambda point: jnp.trace(jax.hessian(u)(point)))(inside)
+        force = 2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * inside), axis=-1)
+        return laplacian + force, at_boundary
+
+
+class GraphConvolutions(nn.Module):
+    """Two layers, each followed by a mean over the neighbours of a graph's nodes."""
+
+    @nn.compact
+    def __call__(self, graphs: jax.Array) -> jax.Array:
+        """From adjacency and, beside it, features of nodes to their logits."""
+        nodes = graphs.shape[1]
+        means, x = graphs[..., :nodes], graphs[..., nodes:]
+        x = nn.relu(means @ nn.Dense(16)(x))
+        return means @ nn.Dense(2)(x)
+
+
+class JudgedActor(nn.Module):
+    """A policy, and the value of its actions by a critic that stays as it is."""
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> jax.Array:
+        """From states to values."""
+        actions = nn.tanh(MLP((64, 64, 2))(states))
+        keys = jax.random.split(jax.random.key(0), 2)
+        x = jnp.concatenate([states, actions], axis=-1)
+        hidden = jnp.tanh(x @ jax.random.normal(keys[0], (x.shape[-1], 32)))
+        return jnp.tanh(hidden @ jax.random.normal(keys[1], (32,)) / 32**0.5)
+
+
+class Encoder(nn.Module):
+    """Codes of length one."""
+
+    @nn.compact
+    def __call__(self, views: jax.Array) -> jax.Array:
+        """From images to codes."""
+        x = nn.Dense(16)(nn.relu(nn.Dense(64)(views)))
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def patches_of(images: jax.Array, side: int = 2) -> jax.Array:

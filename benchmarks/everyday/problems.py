@@ -4,38 +4,12 @@ Constants of the default may have been chosen on any but those that are kept apa
 """
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import optax
 
-from benchmarks.everyday import data, models
+from benchmarks.everyday import costs, data, models
 from benchmarks.everyday.problem import Problem, in_linen, in_nnx
 from benchmarks.networks import softmax_cross_entropy as classes
-
-
-def binary(logits: Any, labels: jax.Array) -> jax.Array:
-    """The cross-entropy of yes and no, the mean over all labels."""
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
-
-
-def squared(outputs: Any, targets: jax.Array) -> jax.Array:
-    """The squared error, summed over outputs and averaged over examples."""
-    return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1))
-
-
-def pixelwise(logits: Any, images: jax.Array) -> jax.Array:
-    """The cross-entropy of pixels, summed over an image, averaged over images."""
-    losses = optax.sigmoid_binary_cross_entropy(logits, images)
-    return jnp.mean(jnp.sum(losses, axis=(1, 2, 3)))
-
-
-def l2(params: Any) -> jax.Array:
-    """What Flax's own ImageNet example adds: of all that is no vector."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
-    return 0.5 * 1e-4 * jnp.asarray(sum(jnp.sum(leaf**2) for leaf in leaves))
 
 
 def problems() -> list[Problem]:
@@ -63,7 +37,7 @@ def problems() -> list[Problem]:
         in_linen(
             "breast cancer, unscaled",
             models.MLP((32, 32, 1)),
-            binary,
+            costs.binary,
             data.breast_cancer(),
             batch_size=32,
             steps=400,
@@ -71,7 +45,7 @@ def problems() -> list[Problem]:
         in_linen(
             "diabetes, unscaled",
             models.MLP((32, 32, 1)),
-            squared,
+            costs.squared,
             data.diabetes(),
             batch_size=32,
             steps=400,
@@ -79,7 +53,7 @@ def problems() -> list[Problem]:
         in_linen(
             "teacher of relus",
             models.MLP((64, 64, 4)),
-            squared,
+            costs.squared,
             data.teacher(),
             batch_size=64,
             steps=400,
@@ -103,7 +77,7 @@ def problems() -> list[Problem]:
         in_linen(
             "separable",
             models.MLP((32, 1)),
-            binary,
+            costs.binary,
             data.separable(),
             batch_size=32,
             steps=800,
@@ -115,7 +89,7 @@ def problems() -> list[Problem]:
             digits,
             batch_size=64,
             steps=200,
-            penalty=l2,
+            penalty=costs.l2,
             normalizes=True,
         ),
         in_linen(
@@ -135,7 +109,7 @@ def problems() -> list[Problem]:
         in_linen(
             "diffusion",
             models.MLP((64, 64, 64, 2), nn.silu),
-            squared,
+            costs.squared,
             data.diffused(),
             batch_size=128,
             steps=400,
@@ -149,6 +123,90 @@ def problems() -> list[Problem]:
             steps=400,
         ),
         in_linen(
+            "rows by an LSTM",
+            models.RowReader(),
+            classes,
+            digits,
+            batch_size=64,
+            steps=250,
+        ),
+        in_linen(
+            "tied GPT",
+            models.GPT(characters, tied=True),
+            classes,
+            text,
+            batch_size=16,
+            steps=300,
+        ),
+        in_linen(
+            "variational autoencoder",
+            models.VAE(),
+            costs.evidence,
+            data.Data(*with_images),
+            batch_size=64,
+            steps=300,
+        ),
+        in_linen(
+            "PPO",
+            models.MLP((64, 64, 4), nn.tanh),
+            costs.proximal,
+            data.advantages(),
+            batch_size=64,
+            steps=400,
+        ),
+        in_linen(
+            "DQN",
+            models.MLP((64, 64, 4)),
+            costs.temporal,
+            data.returns(),
+            batch_size=64,
+            steps=400,
+        ),
+        in_linen(
+            "Poisson, informed by physics",
+            models.Poisson(),
+            costs.residuals,
+            data.square(),
+            batch_size=64,
+            steps=400,
+        ),
+        in_linen(
+            "graph convolutions",
+            models.GraphConvolutions(),
+            classes,
+            data.communities(),
+            batch_size=16,
+            steps=300,
+            apart=True,
+        ),
+        in_linen(
+            "DDPG's actor",
+            models.JudgedActor(),
+            costs.judged,
+            data.states(),
+            batch_size=64,
+            steps=400,
+            apart=True,
+        ),
+        in_linen(
+            "InfoNCE",
+            models.Encoder(),
+            costs.contrastive,
+            data.views(),
+            batch_size=64,
+            steps=300,
+            apart=True,
+        ),
+        in_linen(
+            "quantiles",
+            models.MLP((64, 64, 3)),
+            costs.quantiles,
+            data.friedman(),
+            batch_size=32,
+            steps=400,
+            apart=True,
+        ),
+        in_linen(
             "wine, unscaled",
             models.MLP((32, 32, 3), nn.gelu),
             classes,
@@ -160,7 +218,7 @@ def problems() -> list[Problem]:
         in_linen(
             "Friedman",
             models.MLP((64, 64, 64, 1), nn.tanh),
-            squared,
+            costs.squared,
             data.friedman(),
             batch_size=32,
             steps=400,
@@ -169,7 +227,7 @@ def problems() -> list[Problem]:
         in_linen(
             "noisy moons",
             models.MLP((32, 32, 32, 1), nn.elu),
-            binary,
+            costs.binary,
             data.noisy_moons(),
             batch_size=16,
             steps=600,
@@ -178,7 +236,7 @@ def problems() -> list[Problem]:
         in_linen(
             "convolutional autoencoder",
             models.ConvAutoencoder(),
-            pixelwise,
+            costs.pixelwise,
             data.Data(*with_images),
             batch_size=64,
             steps=200,
