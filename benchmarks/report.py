@@ -98,6 +98,11 @@ def last(run: dict[str, Any]) -> dict[str, float]:
     return run["curve"][-1]
 
 
+def only(results: Results, names: Sequence[str] | None) -> Results:
+    """The results of some contestants; None for all."""
+    return [r for r in results if names is None or r["optimizer"] in names]
+
+
 def label(name: str) -> str:
     """What an optimizer is called."""
     return CONTESTANTS[name].label if name in CONTESTANTS else name
@@ -266,7 +271,7 @@ def plot_curves(results: Results, path: Path) -> None:
             figure.legend(*lines, loc="outside right center", frameon=False, fontsize=7)
         else:
             first.legend(frameon=False, fontsize=8)
-        machine = results[0]["made"]["machine"]
+        machine = (timed(results) or results)[0]["made"]["machine"]
         where = machine["device"]
         if machine["platform"] == "cpu":
             where = f"{machine['cores']} cores of an {machine['processor']}"
@@ -305,12 +310,15 @@ def _label_logarithmic(axis: Axis) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Shows the table and redraws the picture of a file of results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
-    parser.add_argument("results", type=Path, help="a file of JSON lines")
-    path = parser.parse_args(arguments).results
-    results = read_results(path)
+    add = parser.add_argument
+    add("results", type=Path, help="a file of JSON lines")
+    add("--only", nargs="+", metavar="NAME", help="these contestants, and no others")
+    add("--picture", type=Path, help="where it goes; beside the results if not given")
+    options = parser.parse_args(arguments)
+    results = only(read_results(options.results), options.only)
     print_table(results)
     print(markdown(results), milestones(results), sep="\n\n")
-    plot_curves(results, path.with_suffix(".png"))
+    plot_curves(results, options.picture or options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

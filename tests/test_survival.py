@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import slow
+
 ROOT = Path(__file__).parents[1]
-KILLS, STEPS = 10, 40
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,11 @@ def ended(process):
     return steps_of(output)
 
 
-def test_a_run_killed_ten_times_ends_as_one_that_was_not(start, tmp_path):
+@pytest.mark.parametrize("kills", [3, slow(10)])
+def test_a_run_that_is_killed_ends_as_one_that_was_not(start, tmp_path, kills):
     *_, expected = ended(start(tmp_path / "whole", "--steps", STEPS))
     draw, resumed = random.Random(0), 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start(tmp_path / "killed", "--steps", STEPS)
         read_steps(process, draw.randint(1, 3))
         time.sleep(draw.uniform(0, 0.03))

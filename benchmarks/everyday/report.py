@@ -100,14 +100,14 @@ def no_worse(results: Results, name: str, than: str, equal: Equal, part: str) ->
     return f"{count} of {len(found)}"
 
 
-def comparisons(results: Results) -> str:
-    """How often LocoProp's two are at or below each rival, in Markdown."""
+def comparisons(results: Results, only: str | None = None) -> str:
+    """How often LocoProp's two, or one, are at or below each rival, in Markdown."""
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
         "problems": lambda result: not result["apart"],
         "problems kept apart": lambda result: result["apart"],
     }
     names = list(dict.fromkeys(r["contestant"] for r in results))
-    ours = [name for name in names if not CONTESTANTS[name].rates]
+    ours = [only] if only else [n for n in names if not CONTESTANTS[n].rates]
     rivals = [name for name in names if CONTESTANTS[name].rates]
     body = []
     for ours_name in ours:

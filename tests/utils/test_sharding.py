@@ -136,6 +136,34 @@ def test_cross_entropies_of_a_batch_spread_over_devices(name, kind):
     np.testing.assert_allclose(spread, losses, rtol=1e-4)
 
 
+def test_a_part_of_a_loss_that_leaves_places_to_the_compiler():
+    """As reading a table on explicit axes does."""
+    tokens = jnp.arange(16 * 6).reshape(16, 6) % 12
+    params = {
+        "table": jax.random.normal(jax.random.key(0), (12, 8)),
+        "scale": jnp.ones(8),
+        "head": 0.3 * jax.random.normal(jax.random.key(1), (8, 12)),
+    }
+
+    def loss_on(place):
+        def loss_fn(params, tokens):
+            x = params["table"].at[tokens].get(out_sharding=place)
+            logits = (jnp.tanh(x) * params["scale"]) @ params["head"]
+            labels = 5 * tokens % 12
+            costs = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(costs)
+
+        return loss_fn
+
+    losses, *_ = train(loss_on(None), params, tokens, loco.locoprop, steps=3)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params, tokens = placed(params, mesh), placed(tokens, mesh, "data")
+        loss_fn = loss_on(PartitionSpec("data"))
+        spread, *_ = train(loss_fn, params, tokens, loco.locoprop, steps=3)
+    np.testing.assert_allclose(spread, losses, rtol=1e-4)
+
+
 def collectives(loss_fn, params, batch, make):
     """The collective operations of a compiled step."""
     tx, step = stepper(loss_fn, params, batch, make)

@@ -66,9 +66,10 @@ class Equation:
     def evaluate(self, operands: Sequence[Any], context: Any) -> list[Any]:
         """Its results for the values of its inputs, in the context of other equations.
 
-        They are computed where this is called, and not on the mesh of the trace. Off
-        it a sum over shards is that of one, nothing has a place, and a function is what
-        it does, since a derivative rule would bring the mesh back.
+        On a mesh whose types tell where arrays are, they are computed as they were
+        traced, since a part of a loss may leave that to the compiler. Off such a mesh a
+        sum over shards is that of one, nothing has a place, and a function is what it
+        does, since a derivative rule would bring the mesh back.
         """
         apart = was_on_typed_mesh(self.source.outvars[0]) and not on_typed_mesh()
         if apart and self.primitive in primitives.ON_MESH:
@@ -81,6 +82,7 @@ class Equation:
             return read(inner.results, run(inner.equations, inputs | held))
         invars = [_off_mesh(atom) for atom in self.source.invars]
         params = primitives.off_mesh(self.params) if apart else self.params
+        context = self.source.ctx if on_typed_mesh() else context
         here = self.source.replace(ctx=context, invars=invars, params=params)
         return evaluate_alone(self.home, here, operands)
 

@@ -1,6 +1,5 @@
 """Targets along the cotangents in the metric of their second moment."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -102,19 +101,16 @@ def natural_gradient(
         diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
         rate = at(learning_rate, count) * rows
         if linear_map.units_apart:
-            scale = (rate / (unbiased + diagonal)).astype(state.dtype)
-            outputs, gradient = jax.tree.map(
-                lambda leaf: scale * leaf, (layer.cotangents, layer.gradient)
-            )
-            return Displacement(outputs, gradient), state
-        metric = inverse(unbiased + diagonal * jnp.eye(units, dtype=state.dtype))
+            metric, product = 1 / (unbiased + diagonal), jnp.multiply
+        else:
+            eye = jnp.eye(units, dtype=state.dtype)
+            metric, product = inverse(unbiased + diagonal * eye), jnp.matmul
         transform = (rate * metric).astype(state.dtype)
-        if linear_map.ends_in_units:
-            outputs, gradient = jax.tree.map(
-                lambda leaf: leaf @ transform, (layer.cotangents, layer.gradient)
-            )
-            return Displacement(outputs, gradient), state
-        return Displacement(layer.cotangents @ transform), state
+        outputs = product(layer.cotangents, transform)
+        if not linear_map.ends_in_units:
+            return Displacement(outputs), state
+        gradient = {n: product(g, transform) for n, g in layer.gradient.items()}
+        return Displacement(outputs, gradient), state
 
     def init(layer, params):
         units = params["kernel"].shape[-1]
