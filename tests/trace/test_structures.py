@@ -1,5 +1,6 @@
 """Layers are found in whatever structure a model has, by whichever library."""
 
+from collections import defaultdict
 from functools import partial
 
 import chex
@@ -348,6 +349,7 @@ def test_aux_is_no_consumer():
 CONTAINERS = {
     "FrozenDict": FrozenDict,
     "dataclass": lambda params: Params(**params),
+    "defaultdict": lambda params: defaultdict(jnp.zeros, params),
     "list": lambda params: list(params.values()),
 }
 

@@ -56,6 +56,43 @@ def test_the_step_is_the_mean_of_the_shards_own(name, mesh):
     assert loss_fn(again, batch) < loss_fn(params, batch)
 
 
+@pytest.mark.parametrize("by", ["shard_map", "pmap"])
+def test_replicas_part_only_where_that_is_said(by):
+    loss_fn, params, batch = regression(batch=16)
+    layers = loco.layers(loss_fn)(params, batch)
+    mesh = jax.make_mesh((SHARDS,), ("data",), axis_types=(AxisType.Auto,))
+
+    def moved(tx):
+        step, state = train_step(loss_fn, layers, tx), tx.init(params)
+        if by == "shard_map":
+            whole, rows = PartitionSpec(), PartitionSpec("data")
+            take = lambda *given: jax.tree.map(lambda p: p[None], step(*given)[0])  # noqa: E731
+            specs = {"in_specs": (whole, whole, rows), "out_specs": rows}
+            over = jax.shard_map(take, mesh=mesh, check_vma=False, **specs)
+            return jax.jit(over)(params, state, batch)
+        parts = jax.tree.map(lambda x: x.reshape(SHARDS, -1, *x.shape[1:]), batch)
+        over = jax.pmap(lambda b: step(params, state, b)[0], "data")
+        return over(parts)
+
+    for make in (loco.locoprop_momentum, loco.locoprop):
+        with pytest.raises(ValueError, match=r"inside a shard, over 'data'.*averaged"):
+            moved(make(layers))
+    together = moved(loco.averaged(loco.locoprop_momentum(layers), "data"))
+    apart = moved(loco.averaged(loco.locoprop_momentum(layers), ()))
+    spread = lambda tree: float(np.ptp(tree["first"]["kernel"], axis=0).max())  # noqa: E731
+    assert spread(together) == 0
+    assert spread(apart) > 1e-5
+
+
+def test_a_quadratic_model_inside_a_shard_is_refused(mesh):
+    loss_fn, params, batch = regression(batch=16)
+    layers = loco.layers(loss_fn)(params, batch)
+    tx = loco.scale_by_quadratic_model()
+    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    with pytest.raises(ValueError, match="replicas of the parameters would part"):
+        sharded(train_step(loss_fn, layers, tx), mesh)(params, tx.init(params), batch)
+
+
 def test_numbers_are_reduced_once(mesh):
     loss_fn, params, batch = regression(batch=16)
     layers = loco.layers(loss_fn)(params, batch)

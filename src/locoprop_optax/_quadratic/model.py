@@ -40,6 +40,7 @@ from locoprop_optax._utils.hyperparams import (
     check_not_negative,
     check_positive,
 )
+from locoprop_optax._utils.sharding import check_replicas
 
 
 class ScaleByQuadraticModelState(NamedTuple):
@@ -266,6 +267,7 @@ def minimize_along(
         del extra_args
         if params is None:
             raise TypeError("update needs `params`.")
+        check_replicas()
         linear = _linearized(params, model_fn, loss_fn, intermediates)
         z, strength, value = state.velocity, state.damping, linear.value
         d, gradient = direction(linear, updates, z, strength)

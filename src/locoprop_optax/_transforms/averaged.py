@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from locoprop_optax._utils.sharding import averaging
+
 
 def averaged(
-    optimizer: optax.GradientTransformation, axis_name: str
+    optimizer: optax.GradientTransformation, axis_name: str | tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
     """Lets each shard take a step of its own, and takes the mean of all.
 
@@ -20,7 +22,8 @@ def averaged(
 
     Args:
       optimizer: any, also of other packages.
-      axis_name: of the mesh axis that the batch is sharded over.
+      axis_name: of the mesh axis that the batch is sharded over, or several. () keeps
+        each shard's step, for replicas of the parameters that are meant to part.
 
     Returns:
       A transformation that takes what `optimizer` takes, for a loss that is a mean over
@@ -53,7 +56,8 @@ def averaged(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra_args):
-        step = optimizer.update(updates, state, params, **extra_args)
+        with averaging():
+            step = optimizer.update(updates, state, params, **extra_args)
         leaves, structure = jax.tree.flatten(step)
         counters = [at for at, leaf in enumerate(leaves) if not _is_float(leaf)]
         numbers = [at for at, leaf in enumerate(leaves) if _is_float(leaf)]

@@ -19,7 +19,11 @@ from locoprop_optax._transforms.diagnostics import (
     mean_over_stacks,
     no_diagnostics,
 )
-from locoprop_optax._utils.sharding import check_axis, sharded_by_compiler
+from locoprop_optax._utils.sharding import (
+    check_axis,
+    check_replicas,
+    sharded_by_compiler,
+)
 from locoprop_optax.losses._transfers import IDENTITY
 
 
@@ -93,7 +97,8 @@ def scale_by_locoprop(
       TypeError: if `layers`, `loss`, `target`, `regularizer` or `solver` is something
         else; from `update`, if `params` or `intermediates` is missing.
       ValueError: from `update`, if the intermediates do not fit the parameters; the
-        message names the layer; or if the mesh has no axis `stack_layers`.
+        message names the layer; if the mesh has no axis `stack_layers`; or inside a
+        shard, if no `averaged` is around it.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
@@ -140,6 +145,7 @@ def scale_by_locoprop(
         del extra_args
         if params is None:
             raise TypeError("scale_by_locoprop: update needs `params`.")
+        check_replicas()
         if mesh_axis is not None:
             check_axis(mesh_axis)
         if target.samples and isinstance(intermediates, Intermediates):

@@ -7,8 +7,9 @@ of a local problem leave that to the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -23,6 +24,30 @@ from jax.sharding import (
     get_abstract_mesh,
     use_abstract_mesh,
 )
+
+_averaging = ContextVar("averaging", default=False)
+
+
+@contextmanager
+def averaging() -> Iterator[None]:
+    """Says that what each shard does on its own is averaged, or meant to part."""
+    token = _averaging.set(True)
+    try:
+        yield
+    finally:
+        _averaging.reset(token)
+
+
+def check_replicas() -> None:
+    """Raises a `ValueError` where the replicas of parameters would part."""
+    axes = get_abstract_mesh().manual_axes
+    if axes and not _averaging.get():
+        raise ValueError(
+            f"A step inside a shard, over {', '.join(map(repr, axes))}: each would "
+            "solve problems of its own, and the replicas of the parameters would part. "
+            f"Use locoprop_optax.averaged(optimizer, {axes[0]!r}), or averaged("
+            "optimizer, ()) for replicas that are meant to part."
+        )
 
 
 def check_not_varying(x: Any) -> None:
