@@ -119,6 +119,11 @@ class Layers:
         """The layers."""
         return iter(self.layers)
 
+    @property
+    def paths(self) -> set[str]:
+        """The paths of all parameters of layers."""
+        return {path for layer in self.layers for path in layer.paths.values()}
+
     def split(self, tree: Any) -> dict[str, dict[str, Any]]:
         """What a tree like the parameters holds for each layer that is not masked."""
         held = by_path(tree)

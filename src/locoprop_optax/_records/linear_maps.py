@@ -38,8 +38,45 @@ class Matrices(NamedTuple):
     bias: Float[Array, "g 1 o"] | None
 
 
+class _OfRows:
+    r"""What linear maps share that are one product of matrices, row by row.
+
+    Attributes:
+      summed: how many axes at the end of the input are no rows.
+      outputs: how many axes at the end of the output are none.
+      is_convolution: whether XLA is slow for it in a loop and under vmap.
+      is_diagonal: whether :math:`X^\top X` is.
+      units_apart: whether each unit has inputs of its own.
+      reads: the kind of numbers that its inputs are.
+      ends_in_units: whether a matrix that mixes the units of cotangents then mixes
+        those of the gradient.
+    """
+
+    summed: int
+    outputs: int
+    is_convolution = is_diagonal = units_apart = False
+    reads = jnp.floating
+    ends_in_units = True
+
+    def examples(self, cotangents: Array) -> int:
+        """Each row counts as one, and each axis of outputs but the last."""
+        return math.prod(cotangents.shape[:-1])
+
+    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+        """The matrices in the shapes of the parameters."""
+        return _in_shapes(matrices, like)
+
+    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The rows of several calls; their axes are made one where calls differ."""
+        return _joined(parts, stack_dims, self.summed)
+
+    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
+        """The same for pre-activations, cotangents and targets."""
+        return _joined(parts, stack_dims, self.outputs)
+
+
 @dataclass(frozen=True)
-class Product:
+class Product(_OfRows):
     """A product with the kernel, plus a bias.
 
     The input's last axes are summed with the kernel's first, in their order; all other
@@ -52,9 +89,6 @@ class Product:
 
     summed: int = 1
     outputs: int = 1
-    is_convolution = is_diagonal = units_apart = False
-    reads = jnp.floating
-    ends_in_units = True
 
     def __str__(self) -> str:
         """What it is called in tables."""
@@ -64,10 +98,6 @@ class Product:
         """Computes the product and adds the bias; what is not given counts as zero."""
         preactivations = jnp.tensordot(inputs, params["kernel"], axes=self.summed)
         return preactivations + params["bias"] if "bias" in params else preactivations
-
-    def examples(self, cotangents: Array) -> int:
-        """Each row counts as one, and each axis of outputs but the last."""
-        return math.prod(cotangents.shape[:-1])
 
     def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
         """The inputs, their axes made rows and columns."""
@@ -81,21 +111,9 @@ class Product:
         bias = params["bias"].reshape(1, 1, -1) if "bias" in params else None
         return Matrices(matrix, bias)
 
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
-        """The matrices in the shapes of the parameters."""
-        return _in_shapes(matrices, like)
-
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
         r"""The diagonal of :math:`X^\top X`."""
-        return jnp.sum(jnp.square(self.design(params, inputs)), axis=1)
-
-    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The rows of several calls; their axes are made one where calls differ."""
-        return _joined(parts, stack_dims, self.summed)
-
-    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The same for pre-activations, cotangents and targets."""
-        return _joined(parts, stack_dims, self.outputs)
+        return _squares(self.design(params, inputs))
 
 
 DENSE = Product()
@@ -190,7 +208,7 @@ class Convolution:
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
         r"""The diagonal of :math:`X^\top X`."""
-        return jnp.sum(jnp.square(self.design(params, inputs)), axis=1)
+        return _squares(self.design(params, inputs))
 
     def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
         """The examples of several calls, one after another."""
@@ -202,7 +220,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(_OfRows):
     """Rows of a table; inputs are their numbers. What is added is a lookup, too.
 
     Its kernel has the shape `(rows of the table, outputs)`.
@@ -216,9 +234,7 @@ class Lookup:
     fixed: bool = False
     clips: bool = False
     summed, outputs = 0, 1
-    is_convolution, is_diagonal, units_apart = False, True, False
-    reads = jnp.integer
-    ends_in_units = True
+    is_diagonal, reads = True, jnp.integer
 
     def __str__(self) -> str:
         """What it is called in tables."""
@@ -228,10 +244,6 @@ class Lookup:
         """Looks the rows up."""
         mode = "clip" if self.clips else "fill"
         return params["kernel"].at[inputs].get(mode=mode, fill_value=0)
-
-    def examples(self, cotangents: Array) -> int:
-        """Each row counts as one."""
-        return math.prod(cotangents.shape[:-1])
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
         """How often each row of the table is read."""
@@ -244,27 +256,13 @@ class Lookup:
         """The table, as it is."""
         return Matrices(params["kernel"][None], None)
 
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
-        """The table."""
-        return _in_shapes(matrices, like)
-
-    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The numbers of several calls; their axes are made one where calls differ."""
-        return _joined(parts, stack_dims, 0)
-
-    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The same for pre-activations, cotangents and targets."""
-        return _joined(parts, stack_dims, 1)
-
 
 @dataclass(frozen=True)
-class Factor:
+class Factor(_OfRows):
     """An elementwise product with a vector, whose entries are units of their own."""
 
     summed = outputs = 1
-    is_convolution, is_diagonal, units_apart = False, True, True
-    reads = jnp.floating
-    ends_in_units = True
+    is_diagonal = units_apart = True
 
     def __str__(self) -> str:
         """What it is called in tables."""
@@ -273,10 +271,6 @@ class Factor:
     def __call__(self, params: LayerParams, inputs: Array) -> Array:
         """The product."""
         return inputs * params["kernel"]
-
-    def examples(self, cotangents: Array) -> int:
-        """Each row counts as one."""
-        return math.prod(cotangents.shape[:-1])
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
         """The sum of the squares of each entry's inputs."""
@@ -287,18 +281,6 @@ class Factor:
     def to_matrices(self, params: LayerParams) -> Matrices:
         """The vector as a column."""
         return Matrices(params["kernel"][None, :, None], None)
-
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
-        """The vector."""
-        return _in_shapes(matrices, like)
-
-    def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The rows of several calls; their axes are made one where calls differ."""
-        return _joined(parts, stack_dims, 1)
-
-    def join_outputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
-        """The same for pre-activations, cotangents and targets."""
-        return _joined(parts, stack_dims, 1)
 
 
 LinearMap: TypeAlias = Product | Convolution | Lookup | Factor
@@ -312,6 +294,10 @@ def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:
             for p in parts
         ]
     return jnp.concatenate(parts, axis=stack_dims)
+
+
+def _squares(design: Float[Array, "g n d"]) -> Float[Array, "g d"]:
+    return jnp.sum(jnp.square(design), axis=1)
 
 
 def _in_shapes(matrices: Matrices, like: LayerParams) -> LayerParams:

@@ -146,8 +146,7 @@ def collect(
     """
     own, gradients = layers.split(params), layers.split(grads)
     read_elsewhere = _read_elsewhere(traced, uses)
-    parts = {path for layer in layers for path in layer.paths.values()}
-    penalized = None if read_elsewhere.isdisjoint(parts) else penalties()
+    penalized = None if read_elsewhere.isdisjoint(layers.paths) else penalties()
     collected = {}
     for layer in layers:
         found = uses[layer.path]

@@ -127,9 +127,7 @@ def _table(
     outputs = outputs.merged(len(units))
     table = kernel.reshape((*stack, math.prod(of_rows), outputs.shape[-1]))
     linear = Linear(source.number, table, None, lookup)
-    return Found(
-        linear, source.sliced, stack, outputs=outputs, batched=[], units=[], **inputs
-    )
+    return Found(linear, source.sliced, stack, outputs=outputs, **inputs)
 
 
 def _factor(
@@ -149,8 +147,6 @@ def _factor(
         other=1 - side,
         inputs=layout,
         outputs=layout,
-        batched=[],
-        units=[],
     )
 
 

@@ -136,9 +136,10 @@ def own_uses(traced: Trace, exclude: PathPattern | None) -> dict[int, list[Use]]
     reading = traced.reading
     by_weight: dict[int, dict[Any, list[Use]]] = {}
     excluded = {at for at, path in enumerate(traced.paths) if matches(exclude, path)}
+    no_weights = excluded | reading.computed
     for use in reading.uses:
         weight = use.linear.weight
-        if weight in excluded | reading.computed:
+        if weight in no_weights:
             continue
         kind = use.linear._replace(bias=None), use.stack
         by_weight.setdefault(weight, {}).setdefault(kind, []).append(use)

@@ -87,8 +87,8 @@ class Found(NamedTuple):
       other: which operand is recorded as the input; None if there is none.
       inputs: from that operand to its record.
       outputs: from the result to its record.
-      batched: the axes of the result that count stacked layers.
-      units: the axes of the result that count units.
+      batched: of a product, the axes of the result that count stacked layers.
+      units: of a product, the axes of the result that count units.
     """
 
     linear: Linear
@@ -97,8 +97,8 @@ class Found(NamedTuple):
     other: int | None
     inputs: Layout | SameRows
     outputs: Layout
-    batched: Sequence[int]
-    units: Sequence[int]
+    batched: Sequence[int] = ()
+    units: Sequence[int] = ()
 
 
 def layout_of(

@@ -45,9 +45,8 @@ class GaussNewton:
 
         Parameters that an outer transformation masks do not change.
         """
-        traced, count = self.traced, len(self.traced.paths)
-        leaves, rest = self.arrays[:count], self.arrays[count:]
-        loss = _CutLoss(traced.graph, self._cut(), rest)
+        traced = self.traced
+        leaves, loss = self._leaves_and_loss()
 
         def whole(change):
             """The change of all leaves."""
@@ -88,17 +87,22 @@ class GaussNewton:
 
         None if it is not cut.
         """
-        traced, cut = self.traced, self._cut()
+        leaves, loss = self._leaves_and_loss()
+        cut = loss.cut
         if not cut.values:
             return None
-        count = len(traced.paths)
-        leaves, rest = self.arrays[:count], self.arrays[count:]
-        loss = _CutLoss(traced.graph, cut, rest)
+        if not cut.params:
+            return {}
         found = jax.grad(loss.behind)(loss.values(leaves))
         return {
-            traced.paths[at]: gradient.astype(leaves[at].dtype)
+            self.traced.paths[at]: gradient.astype(leaves[at].dtype)
             for at, gradient in zip(cut.params, found[len(cut.values) :], strict=True)
         }
+
+    def _leaves_and_loss(self) -> tuple[list[Any], _CutLoss]:
+        count = len(self.traced.paths)
+        rest = self.arrays[count:]
+        return self.arrays[:count], _CutLoss(self.traced.graph, self._cut(), rest)
 
     def _cut(self) -> Cut:
         """Where the loss is cut: where it was when its layers were found."""
@@ -108,13 +112,11 @@ class GaussNewton:
 
     def sampled_cotangents(self) -> list[dict[str, jax.Array]]:
         """The cotangents of each layer for sampled labels; none without curvature."""
-        traced, count = self.traced, len(self.traced.paths)
-        cut = self._cut()
-        if not cut.values:
+        leaves, loss = self._leaves_and_loss()
+        if not loss.cut.values:
             return []
-        leaves, rest = self.arrays[:count], self.arrays[count:]
-        seeds = _CutLoss(traced.graph, cut, rest).sample(leaves, self.key)
-        return [cotangents_of(traced, self.layers, self.arrays, seeds)]
+        seeds = loss.sample(leaves, self.key)
+        return [cotangents_of(self.traced, self.layers, self.arrays, seeds)]
 
 
 @dataclass(frozen=True)

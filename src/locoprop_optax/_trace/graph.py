@@ -71,7 +71,8 @@ class Equation:
         sum over shards is that of one, nothing has a place, and a function is what it
         does, since a derivative rule would bring the mesh back.
         """
-        apart = was_on_typed_mesh(self.source.outvars[0]) and not on_typed_mesh()
+        on_mesh = on_typed_mesh()
+        apart = was_on_typed_mesh(self.source.outvars[0]) and not on_mesh
         if apart and self.primitive in primitives.ON_MESH:
             return list(operands)
         body = called(self.source)
@@ -82,7 +83,7 @@ class Equation:
             return read(inner.results, run(inner.equations, inputs | held))
         invars = [_off_mesh(atom) for atom in self.source.invars]
         params = primitives.off_mesh(self.params) if apart else self.params
-        context = self.source.ctx if on_typed_mesh() else context
+        context = self.source.ctx if on_mesh else context
         here = self.source.replace(ctx=context, invars=invars, params=params)
         return evaluate_alone(self.home, here, operands)
 

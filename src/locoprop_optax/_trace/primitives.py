@@ -185,10 +185,7 @@ class Gather(NamedTuple):
     @classmethod
     def of(cls, equation: core.JaxprEqn) -> Gather | None:
         """What a gather does; None if it reads no whole rows along one axis."""
-        numbers, sizes = (
-            equation.params["dimension_numbers"],
-            list(equation.params["slice_sizes"]),
-        )
+        numbers = equation.params["dimension_numbers"]
         batched = tuple(numbers.operand_batching_dims)
         if len(numbers.start_index_map) != 1:
             return None
@@ -196,7 +193,8 @@ class Gather(NamedTuple):
         shape = shape_of(equation.invars[0])
         one = {axis, *batched}
         whole = [1 if at in one else size for at, size in enumerate(shape)]
-        if sizes != whole or {*numbers.collapsed_slice_dims} != {axis}:
+        sizes = equation.params["slice_sizes"]
+        if [*sizes] != whole or {*numbers.collapsed_slice_dims} != {axis}:
             return None
         return cls(
             axis,

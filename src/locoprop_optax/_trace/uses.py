@@ -155,17 +155,21 @@ class _Scope:
             self.sources[equation.outputs[0]] = moved
             return
         (place, source), *more = [(at, s) for at, s in enumerate(operands) if s]
-        if not more and equation.primitive in primitives.PRODUCTS:
-            found = product_of(equation.source, place, source, self.scans)
-            if found is not None:
-                self._add_product(equation, found)
-                return
-        if not more and equation.primitive in primitives.ADD:
-            self._add_bias(equation, place, source)
-        if not more and self._add_diagonal(equation, place, source):
+        if not more and self._add_layer(equation, place, source):
             return
         for source in filter(None, operands):
             self._read_otherwise(equation, source)
+
+    def _add_layer(self, equation: Equation, place: int, source: Source) -> bool:
+        """Whether a parameter enters linearly."""
+        if equation.primitive in primitives.PRODUCTS:
+            found = product_of(equation.source, place, source, self.scans)
+            if found is not None:
+                self._add_product(equation, found)
+            return found is not None
+        if equation.primitive in primitives.ADD:
+            self._add_bias(equation, place, source)
+        return self._add_diagonal(equation, place, source)
 
     def _add_diagonal(self, equation: Equation, place: int, source: Source) -> bool:
         """Whether a parameter is looked up, or an elementwise factor or summand.

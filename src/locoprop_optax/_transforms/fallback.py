@@ -19,8 +19,8 @@ def with_fallback(
     learn little. A step of either that is not finite is a step of neither.
     """
     fallback = optax.adamw(1e-2) if fallback is None else fallback
-    local_layers = (layer for layer in layers if not layer.is_table)
-    paths = {path for layer in local_layers for path in layer.paths.values()}
+    tables = {layer.path for layer in layers if layer.is_table}
+    paths = layers.paths - tables
 
     def label(params):
         check_params(params, layers)
