@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.networks import softmax_cross_entropy
+
 CLIP = 0.2
 
 
@@ -34,16 +36,19 @@ def evidence(outputs: Any, images: jax.Array) -> jax.Array:
 
 def proximal(logits: Any, actions: jax.Array, advantages: jax.Array) -> jax.Array:
     """PPO's clipped surrogate for an old policy that was uniform, taken from one."""
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), actions[:, None], -1)
-    ratio = jnp.exp(chosen[:, 0] + jnp.log(logits.shape[-1]))
+    chosen = _of_actions(jax.nn.log_softmax(logits), actions)
+    ratio = jnp.exp(chosen + jnp.log(logits.shape[-1]))
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     return 1 - jnp.mean(jnp.minimum(ratio * advantages, clipped * advantages))
 
 
 def temporal(values: Any, actions: jax.Array, targets: jax.Array) -> jax.Array:
     """The Huber loss of the values of the actions that were taken."""
-    taken = jnp.take_along_axis(values, actions[:, None], axis=-1)[:, 0]
-    return jnp.mean(optax.huber_loss(taken, targets))
+    return jnp.mean(optax.huber_loss(_of_actions(values, actions), targets))
+
+
+def _of_actions(values: jax.Array, actions: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, actions[:, None], axis=-1)[:, 0]
 
 
 def judged(values: Any) -> jax.Array:
@@ -55,8 +60,7 @@ def contrastive(codes: Any) -> jax.Array:
     """InfoNCE: which of the second views belongs to each of the first."""
     first, second = codes[:, 0], codes[:, 1]
     logits = first @ second.T / 0.1
-    labels = jnp.arange(len(logits))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return softmax_cross_entropy(logits, jnp.arange(len(logits)))
 
 
 def quantiles(outputs: Any, targets: jax.Array) -> jax.Array:

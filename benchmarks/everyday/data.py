@@ -152,18 +152,23 @@ def _values(states: np.ndarray) -> np.ndarray:
     return hidden @ rng.normal(size=(32, 4)) / np.sqrt(32)
 
 
+def _experience() -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+    """A generator, and the first that it draws: states, and actions, evenly."""
+    rng = np.random.default_rng(0)
+    return rng, rng.normal(size=(2000, 6)), rng.integers(0, 4, 2000)
+
+
 @cache
 def states() -> Data:
     """Normal states."""
-    x = np.random.default_rng(0).normal(size=(2000, 6))
+    _, x, _ = _experience()
     return parted(x.astype(np.float32))
 
 
 @cache
 def advantages() -> Data:
-    """States, actions drawn evenly, and how much better than the mean these are."""
-    rng = np.random.default_rng(0)
-    x, actions = rng.normal(size=(2000, 6)), rng.integers(0, 4, 2000)
+    """States, actions, and how much better than the mean these are."""
+    rng, x, actions = _experience()
     values = _values(x)
     gained = values[np.arange(2000), actions] - values.mean(axis=1)
     noisy = gained + 0.2 * rng.normal(size=2000)
@@ -173,9 +178,8 @@ def advantages() -> Data:
 
 @cache
 def returns() -> Data:
-    """States, actions drawn evenly, and rewards with the values of what follows."""
-    rng = np.random.default_rng(0)
-    x, actions = rng.normal(size=(2000, 6)), rng.integers(0, 4, 2000)
+    """States, actions, and rewards with the values of what follows."""
+    rng, x, actions = _experience()
     rewards = 3 * _values(x)[np.arange(2000), actions]
     after = x + 0.3 * rng.normal(size=x.shape)
     targets = (rewards + 0.9 * _values(after).max(axis=1)).astype(np.float32)
