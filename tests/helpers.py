@@ -96,6 +96,25 @@ def train_step(loss_fn, layers, tx):
     return step
 
 
+def update_of(make, loss_fn, params, *batch, key=None, **options):
+    """The first update of an optimizer that is made of a loss's layers."""
+    layers = loco.layers(loss_fn, **options)(params, *batch)
+    capture = loco.value_and_grad(loss_fn, layers, key=key)
+    _, grads, intermediates = capture(params, *batch)
+    tx = make(layers)
+    return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
+
+
+def kfac(layers, damping=0.0):
+    """K-FAC for one batch, of the length of a Newton step."""
+    return loco.scale_by_locoprop(
+        layers,
+        loss=loco.losses.squared_loss(),
+        target=loco.targets.natural_gradient(1.0, damping=damping),
+        solver=loco.solvers.exact(damping=damping),
+    )
+
+
 def layers_for(params):
     """The layers of parameters that are Dense layers, each by itself."""
 

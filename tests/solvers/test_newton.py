@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import layers_for, problem_of, random_layer, solved
+from tests.helpers import layers_for, problem_of, random_layer, solved, update_of
 
 
 @pytest.mark.usefixtures("float64")
@@ -118,10 +118,7 @@ def update_of_product(spec, x, kernel, solver):
     def loss_fn(params):
         return jnp.sum(jnp.einsum(spec, x, params["layer"]) ** 2)
 
-    layers = loco.layers(loss_fn)(params)
-    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
-    tx = loco.scale_by_locoprop(layers, solver=solver)
-    return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
+    return update_of(partial(loco.scale_by_locoprop, solver=solver), loss_fn, params)
 
 
 @pytest.mark.usefixtures("float64")

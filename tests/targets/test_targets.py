@@ -14,12 +14,14 @@ import locoprop_optax as loco
 from locoprop_optax._problems.problem import pose
 from tests.helpers import (
     counted,
+    kfac,
     layers_for,
     random_layer,
     random_layers,
     regression,
     solved,
     train_step,
+    update_of,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -312,15 +314,7 @@ def test_rows_that_are_no_examples_make_the_step_no_shorter():
     def loss_fn(params):
         return 0.5 * jnp.mean(((x @ params["w"]).sum((1, 2)) - y) ** 2)
 
-    layers = loco.layers(loss_fn)(params)
-    tx = loco.scale_by_locoprop(
-        layers,
-        loss=loco.losses.squared_loss(),
-        target=loco.targets.natural_gradient(1.0, damping=0.0),
-        solver=loco.solvers.exact(damping=0.0),
-    )
-    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
-    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    updates = update_of(kfac, loss_fn, params)
     expected = np.linalg.lstsq(x[:, 0], y)[0]
     np.testing.assert_allclose(-updates["w"][:, 0], expected, rtol=1e-9)
 

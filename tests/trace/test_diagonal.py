@@ -1,5 +1,7 @@
 """Lookups, elementwise factors and summands are layers, whatever their form."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import locoprop_optax as loco
+from tests.helpers import kfac, update_of
 from tests.trace.checks import assert_captured
 
 X = jax.random.normal(jax.random.key(0), (6, 5))
@@ -180,19 +183,8 @@ def test_a_lookup_is_solved_as_the_product_with_one_hot_rows(float64):
         def loss_fn(params):
             return jnp.mean((jnp.tanh(read(params["w"])) @ head) ** 2)
 
-        params = {"w": table}
-        layers = loco.layers(loss_fn)(params)
-        tx = loco.scale_by_locoprop(
-            layers,
-            loss=loco.losses.squared_loss(),
-            target=loco.targets.natural_gradient(1.0, damping=0.1),
-            solver=loco.solvers.exact(damping=0.1),
-        )
-        capture = loco.value_and_grad(loss_fn, layers, key=jax.random.key(0))
-        _, grads, intermediates = capture(params)
-        return tx.update(grads, tx.init(params), params, intermediates=intermediates)[
-            0
-        ]["w"]
+        make, key = partial(kfac, damping=0.1), jax.random.key(0)
+        return update_of(make, loss_fn, {"w": table}, key=key)["w"]
 
     one_hot = jax.nn.one_hot(INDICES, 7)
     looked_up, multiplied = update(lambda w: w[INDICES]), update(lambda w: one_hot @ w)
@@ -207,15 +199,7 @@ def test_a_factor_is_solved_entry_by_entry(float64):
         return 0.5 * jnp.mean(jnp.sum((X * params["w"] - target) ** 2, axis=-1))
 
     params = {"w": drawn(5)}
-    layers = loco.layers(loss_fn)(params)
-    tx = loco.scale_by_locoprop(
-        layers,
-        loss=loco.losses.squared_loss(),
-        target=loco.targets.natural_gradient(1.0, damping=0.0),
-        solver=loco.solvers.exact(damping=0.0),
-    )
-    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
-    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    updates = update_of(kfac, loss_fn, params)
     x, y = X.astype(float), target
     np.testing.assert_allclose(
         params["w"] - updates["w"], (x * y).sum(0) / (x**2).sum(0), rtol=1e-9

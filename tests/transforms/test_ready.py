@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import layers_for, regression, train_step
+from tests.helpers import layers_for, regression, train_step, update_of
 
 
 class Normed(nn.Module):
@@ -38,13 +38,6 @@ def test_training_lowers_the_loss(make):
     for _ in range(50):
         params, state, loss = step(params, state, batch)
     assert loss < 0.7 * before
-
-
-def update_of(make, loss_fn, params, batch, **options):
-    layers = loco.layers(loss_fn, **options)(params, batch)
-    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
-    tx = make(layers)
-    return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
 
 
 def test_locoprop_momentum_is_the_documented_chain():
