@@ -40,29 +40,6 @@ def test_a_function_sees_single_layers():
         np.testing.assert_allclose(found[path], value)
 
 
-def test_a_function_of_all_equal_layers_at_once():
-    calls = []
-
-    def double(layer):
-        calls.append(layer["w"].shape)
-        return 2 * layer["w"]
-
-    grouped = group(alone=LAYERS)
-    found = grouped.map_together(double)
-    assert calls == [(2, 3), (4,)]
-    assert [value.shape for value in found.values] == [(2, 3), (2, 3), (4,), (2, 3)]
-    for path, layer in LAYERS.items():
-        np.testing.assert_allclose(found.to_layers()[path], 2 * layer["w"])
-
-
-def test_a_function_of_all_equal_layers_where_some_are_stacked_already():
-    grouped = group(stack_dims={"a": 1, "b": 1})
-    sums = grouped.map_together(lambda layer: jnp.sum(layer["w"])).to_layers()
-    np.testing.assert_allclose(sums["a"], [3, 3])
-    np.testing.assert_allclose(sums["b"], [6, 6])
-    np.testing.assert_allclose(sums["d"], 24)
-
-
 def test_unzip_parts_tuples():
     doubled, halved = group().map(lambda la: (2 * la["w"], la["w"] / 2)).unzip()
     for path, layer in LAYERS.items():

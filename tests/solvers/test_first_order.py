@@ -126,14 +126,14 @@ def test_the_gram_form_is_the_same(drawn, num_steps, strength):
     n, d, o = drawn["n"], drawn["d_in"] + drawn["bias"], drawn["d_out"]
     assert problem.sizes() == (n, d, o)
     counted = 2 * n * d * d + num_steps * 2 * d * d * o < num_steps * 4 * n * d * o
-    assert problem.prefers_gram(num_steps, is_formed=False) == counted
+    assert problem.prefers_gram(num_steps) == counted
 
 
 def test_the_gram_form_is_only_for_the_squared_loss():
     params, layer = random_layer(0, 90, 2, 3, "tanh")
     squared = problem_of(params, layer, loss=loco.losses.squared_loss())
-    assert squared.prefers_gram(9, is_formed=False)
-    assert not problem_of(params, layer).prefers_gram(9, is_formed=False)
+    assert squared.prefers_gram(9)
+    assert not problem_of(params, layer).prefers_gram(9)
 
 
 @pytest.mark.usefixtures("float64")

@@ -101,15 +101,6 @@ class Grouped(Generic[T]):
                 raise ValueError(f"Layer {names}: {error}") from error
         return self._with(tuple(results))
 
-    def map_together(self, function: Callable[[T], S]) -> Grouped[S]:
-        """As `map`, all equal values stacked, those of layers that stay alone too."""
-        first = [group.paths[0] for group in self._groups]
-        axes = [g.stack_dims + (len(g.paths) > 1) for g in self._groups]
-        values = dict(zip(first, self._values, strict=True))
-        together = Grouped.of(values, dict(zip(first, axes, strict=True)))
-        results = together.map(function).to_layers()
-        return self._with(tuple(results[path] for path in first))
-
     def unzip(self) -> tuple[Grouped[Any], ...]:
         """Parts values that are tuples into one `Grouped` for each element."""
         values: tuple[Any, ...] = self._values

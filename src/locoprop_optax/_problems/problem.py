@@ -125,7 +125,7 @@ class LocalProblem:
         rows = self.preactivations.shape[: -self.linear_map.outputs]
         return math.prod(rows), d + (matrices.bias is not None), o
 
-    def prefers_gram(self, num_gradients: int, *, is_formed: bool) -> bool:
+    def prefers_gram(self, num_gradients: int) -> bool:
         """Whether so many gradients take fewer operations by the Gram matrix.
 
         A gradient takes :math:`4 n d o` operations by the examples and :math:`2 d^2 o`
@@ -134,7 +134,7 @@ class LocalProblem:
         if self.loss != SQUARED_LOSS or not isinstance(self.linear_map, Product):
             return False
         n, d, o = self.sizes()
-        gram = 0 if is_formed else 2 * n * d * d
+        gram = 2 * n * d * d
         return gram + num_gradients * 2 * d * d * o < num_gradients * 4 * n * d * o
 
     def of_examples(self, number: Array | int, count: int) -> LocalProblem:
@@ -267,18 +267,11 @@ class LocalProblems:
         """The same, to a new dictionary."""
         return self.each(function, *parts).to_layers()
 
-    def with_gram(
-        self, num_gradients: int, *, is_formed: bool = False
-    ) -> LocalProblems:
-        """The same problems, by the Gram matrix where so many gradients prefer it.
-
-        Args:
-          num_gradients: how many gradients will be asked for.
-          is_formed: whether the Gram matrices are formed in any case.
-        """
+    def with_gram(self, num_gradients: int) -> LocalProblems:
+        """The same problems, by the Gram matrix where so many gradients prefer it."""
 
         def prepare(problem):
-            if not problem.prefers_gram(num_gradients, is_formed=is_formed):
+            if not problem.prefers_gram(num_gradients):
                 return problem
             return replace(problem, gram=problem.to_gram())
 

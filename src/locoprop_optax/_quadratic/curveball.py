@@ -77,7 +77,8 @@ def curveball(
       algorithm 1 and equations 17 to 20.
     """
 
-    def improve(linear, gradients, z, strength):
+    def improve(near, gradients, z, strength):
+        linear = near.linearize()
         curved = linear.hvp(linear.jvp(z))
         if gradients is None:
             curved = optax.tree.add(curved, linear.loss_gradient)
@@ -86,7 +87,7 @@ def curveball(
         )
         if gradients is not None:
             direction = optax.tree.add(direction, gradients)
-        return direction, gradients
+        return direction
 
     return keep_finite(
         minimize_along(

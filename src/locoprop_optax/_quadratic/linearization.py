@@ -39,7 +39,6 @@ class Linearization(NamedTuple):
       vjp: from cotangents of the outputs to the parameters', the transpose of J.
       hvp: from a change of the outputs to that of the loss's gradient, H.
       loss_at: from a change of the parameters to the loss after it.
-      gradient: of the loss in the parameters, where it is known otherwise.
     """
 
     value: Array
@@ -48,7 +47,6 @@ class Linearization(NamedTuple):
     vjp: Callable[[Any], Any]
     hvp: Callable[[Any], Any]
     loss_at: Callable[[Any], Array]
-    gradient: Any = None
 
     @classmethod
     def of(
@@ -105,7 +103,6 @@ class Linearization(NamedTuple):
             loss_at=lambda change: jnp.asarray(
                 mean(*(part.loss_at(change) for part in parts))
             ),
-            gradient=jax.tree.map(mean, *(part.gradient for part in parts)),
         )
 
 
@@ -130,6 +127,15 @@ class PlaneModel(NamedTuple):
 
     matrix: Float[Array, "2 2"]
     slopes: Float[Array, "2"]
+
+    @classmethod
+    def flat(cls, gradient: Any, d: Any, z: Any) -> PlaneModel:
+        """The model without curvature; without slopes, too, if no gradient is known."""
+        dtype = jnp.result_type(*jax.tree.leaves(at_least_float32((d, z))))
+        slopes = jnp.zeros(2, dtype)
+        if gradient is not None:
+            slopes = jnp.stack([inner(gradient, along) for along in (d, z)])
+        return cls(jnp.zeros((2, 2), dtype), slopes)
 
     def slope(self, beta: Array, rho: Array) -> Array:
         """The gradient's slope along a step."""

@@ -22,23 +22,28 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from locoprop_optax._quadratic.averaging import averaged, decay_at
 from locoprop_optax._quadratic.backtracking import (
     backtrack,
     first_share,
     in_doubt,
     rises,
 )
-from locoprop_optax._quadratic.linearization import Linearization, on_the_plane
+from locoprop_optax._quadratic.linearization import PlaneModel, on_the_plane
+from locoprop_optax._quadratic.near import Near
 from locoprop_optax._quadratic.trust_region import TrustRegion
-from locoprop_optax._records.paths import is_masked
 from locoprop_optax._transforms.keep_finite import all_finite, keep_finite
+from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.every import every, is_due
 from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
     check_count,
     check_not_negative,
     check_positive,
+    check_share,
+    check_static,
 )
 from locoprop_optax._utils.sharding import check_replicas
 
@@ -53,6 +58,7 @@ class ScaleByQuadraticModelState(NamedTuple):
       value: the loss before the last step.
       step_size: :math:`\beta` of the last step.
       momentum: :math:`\rho` of the last step.
+      average: the averaged model in the plane.
       ratio: the loss's change over the model's, for the share of the step that was
         taken, when it was last compared; 0 before and where the model promised no fall.
       share: :math:`\alpha` of the last step.
@@ -65,12 +71,13 @@ class ScaleByQuadraticModelState(NamedTuple):
     value: Float[Array, ""]
     step_size: Float[Array, ""]
     momentum: Float[Array, ""]
+    average: Average
     ratio: Float[Array, ""]
     share: Float[Array, ""]
     refused: Bool[Array, ""]
 
 
-Direction = Callable[[Linearization, Any, Any, Array], tuple[Any, Any]]
+Direction = Callable[[Near, Any, Any, Array], Any]
 
 
 def scale_by_quadratic_model(
@@ -80,6 +87,8 @@ def scale_by_quadratic_model(
     step_size: ScalarOrSchedule | None = None,
     momentum: ScalarOrSchedule | None = None,
     damping_decay: float = 0.95,
+    average_decay: float = 0.0,
+    measure_every: int = 1,
     adapt_every: int = 5,
     trusted: tuple[float, float] = (0.25, 0.75),
     damping_range: tuple[float, float] = (1e-8, 1e8),
@@ -119,6 +128,15 @@ def scale_by_quadratic_model(
       damping_decay: what :math:`\lambda` is multiplied by, for each step since the last
         comparison, after a good one, and divided by after a bad one; in (0, 1]. 1 keeps
         it.
+      average_decay: how much of the model in the plane is kept from one to the next, in
+        [0, 1): step size and momentum are then those that would have been best for the
+        last batches, and not for the one that the direction is made of, which promises
+        more than the next will hold. At first less is kept, so that the average is over
+        a quarter of the steps so far. Default: 0, each by itself.
+      measure_every: the number of steps from one to the next whose step size and
+        momentum come from the model; those between keep them, and cost no forward-mode
+        product. At first it is each step, then at most an eighth of the steps so far.
+        Default: 1, all steps.
       adapt_every: the number of steps from one comparison to the next; the first step
         has one.
       trusted: the ratio of the loss's change to the model's below which
@@ -175,6 +193,8 @@ def scale_by_quadratic_model(
             step_size=step_size,
             momentum=momentum,
             damping_decay=damping_decay,
+            average_decay=average_decay,
+            measure_every=measure_every,
             adapt_every=adapt_every,
             trusted=trusted,
             damping_range=damping_range,
@@ -183,12 +203,10 @@ def scale_by_quadratic_model(
     )
 
 
-def incoming(
-    linearization: Linearization, updates: Any, velocity: Any, damping: Array
-) -> tuple[Any, Any]:
-    """The direction that comes in, and the gradient if it is known."""
-    del velocity, damping
-    return updates, linearization.gradient
+def incoming(near: Near, updates: Any, velocity: Any, damping: Array) -> Any:
+    """The direction that comes in."""
+    del near, velocity, damping
+    return updates
 
 
 def minimize_along(
@@ -199,6 +217,8 @@ def minimize_along(
     damping_decay: float,
     step_size: ScalarOrSchedule | None = None,
     momentum: ScalarOrSchedule | None = None,
+    average_decay: float = 0.0,
+    measure_every: int = 1,
     adapt_every: int = 5,
     trusted: tuple[float, float] = (0.25, 0.75),
     damping_range: tuple[float, float] = (1e-8, 1e8),
@@ -210,13 +230,15 @@ def minimize_along(
     this is a part of stands behind `keep_finite`.
 
     Args:
-      direction: from (linearization, updates, last step, damping) to the direction and
-        the gradient; None for the gradient of `loss_fn` at `model_fn`.
+      direction: from (what is known of the loss, updates, last step, damping) to the
+        direction.
       learning_rate: as in `scale_by_quadratic_model`, as all others.
       damping: as there.
       damping_decay: as there.
       step_size: as there.
       momentum: as there.
+      average_decay: as there.
+      measure_every: as there.
       adapt_every: as there.
       trusted: as there.
       damping_range: as there.
@@ -224,6 +246,9 @@ def minimize_along(
     """
     check_positive("learning_rate", learning_rate)
     check_not_negative("damping", damping)
+    check_static("average_decay", average_decay)
+    check_share("average_decay", average_decay)
+    check_count("measure_every", measure_every)
     check_count("adapt_every", adapt_every)
     if isinstance(damping_decay, int | float) and not 0 < damping_decay <= 1:
         raise ValueError(f"damping_decay must be in (0, 1], got {damping_decay}.")
@@ -249,6 +274,7 @@ def minimize_along(
             value=zero(),
             step_size=zero(),
             momentum=zero(),
+            average=Average.empty(PlaneModel.flat(None, params, params)),
             ratio=zero(),
             share=jnp.ones((), jnp.float32),
             refused=jnp.asarray(False),
@@ -268,19 +294,36 @@ def minimize_along(
         if params is None:
             raise TypeError("update needs `params`.")
         check_replicas()
-        linear = _linearized(params, model_fn, loss_fn, intermediates)
-        z, strength, value = state.velocity, state.damping, linear.value
-        d, gradient = direction(linear, updates, z, strength)
-        model = on_the_plane(linear, gradient, d, z, strength)
+        near = Near.of(params, model_fn, loss_fn, intermediates)
+        z, strength, value = state.velocity, state.damping, near.value
+        d = direction(near, updates, z, strength)
         rate = at(learning_rate, state.count)
-        beta, rho = (
-            None if fixed is None else jnp.asarray(at(fixed, state.count))
-            for fixed in (step_size, momentum)
+        dtype = state.average.weight.dtype
+
+        def measured():
+            model = on_the_plane(near.linearize(), near.gradient, d, z, strength)
+            beta, rho = (
+                None if fixed is None else jnp.asarray(at(fixed, state.count))
+                for fixed in (step_size, momentum)
+            )
+            decay = decay_at(average_decay, measure_every, state.count)
+            if trust_region is None:
+                average = averaged(state.average, model, decay)
+                beta, rho = average.value().minimum(beta, rho)
+            else:
+                bounded = trust_region.bounded(model, value)
+                average = averaged(state.average, bounded, decay)
+                beta, rho = trust_region.minimum(average.value(), beta, rho, rate)
+            return beta.astype(dtype), rho.astype(dtype), model, average
+
+        def as_before():
+            model = PlaneModel.flat(near.gradient, d, z)
+            last = (state.step_size, state.momentum)
+            return *(number.astype(dtype) for number in last), model, state.average
+
+        beta, rho, model, average = every(
+            measure_every, state.count, measured, as_before
         )
-        if trust_region is None:
-            beta, rho = model.minimum(beta, rho)
-        else:
-            beta, rho = trust_region.minimum(model, value, beta, rho, rate)
         moved = jax.tree.map(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
@@ -294,14 +337,16 @@ def minimize_along(
             )
 
         def change_after(share):
-            return linear.loss_at(times(share * whole * rate, params)) - value
+            change = times(share * whole * rate, params)
+            return near.linearize().loss_at(change) - value
 
         def expected(share):
             return model.change(share * whole * rate, beta, rho)
 
         finite = all_finite((moved, model, value))
         first = first_share(state.share)
-        compared = state.count % adapt_every == 0
+        now = is_due(measure_every, state.count)
+        compared = now & (state.count % adapt_every == 0)
         slope = model.slope(beta, rho)
         doubted = in_doubt(first, value, state.value, whole * slope)
         shortens = trust_region is not None and trust_region.shorten
@@ -310,8 +355,8 @@ def minimize_along(
             change_after, first, value, looks=looks, halves=shortens
         )
         refused = looks & (rises(change, value) if shortens else ~jnp.isfinite(change))
-        measured = jnp.where(refused, 0.0, _ratio(change, expected(share)))
-        ratio = jnp.where(looks, measured, state.ratio).astype(jnp.float32)
+        followed = jnp.where(refused, 0.0, _ratio(change, expected(share)))
+        ratio = jnp.where(looks & now, followed, state.ratio).astype(jnp.float32)
         length = jnp.where(refused, 0.0, share * whole)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -320,6 +365,7 @@ def minimize_along(
             value=value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),
+            average=average,
             ratio=ratio,
             share=share.astype(jnp.float32),
             refused=refused,
@@ -343,35 +389,3 @@ def _check_interval(name: str, interval: tuple[float, float]) -> None:
             f"{name} must be two numbers, the first smaller and not negative, got "
             f"{interval}."
         )
-
-
-def _check_whole(params: Any) -> None:
-    leaves = jax.tree.leaves(params, is_leaf=is_masked)
-    if any(map(is_masked, leaves)):
-        raise ValueError(
-            "A transformation around it, such as optax.masked or optax.partition, "
-            "hides parameters from `model_fn`, which needs all of them. To freeze "
-            "some, close `model_fn` over them and hand the others to the optimizer."
-        )
-
-
-def _linearized(
-    params: Any, model_fn: Any, loss_fn: Any, intermediates: Any
-) -> Linearization:
-    """The loss near the parameters, by hand or from the intermediates."""
-    model = getattr(intermediates, "gauss_newton", None)
-    if model is not None and (model_fn, loss_fn) == (None, None):
-        return model.linearize(params)
-    for name, value in {"model_fn": model_fn, "loss_fn": loss_fn}.items():
-        if value is None:
-            raise TypeError(
-                "update needs intermediates with the Gauss-Newton model of the loss, "
-                f"or `{name}`. Take the intermediates from "
-                "loco.value_and_grad(loss_fn, layers). Or call "
-                "tx.update(updates, state, params, model_fn=..., loss_fn=...) with a "
-                "function from parameters to outputs and one from outputs to the loss, "
-                "both closed over the batch, as model_and_loss makes them. "
-                "loco.locoprop_momentum needs neither."
-            )
-    _check_whole(params)
-    return Linearization.of(model_fn, loss_fn, params)

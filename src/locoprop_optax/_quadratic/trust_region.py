@@ -72,10 +72,15 @@ class TrustRegion:
         check_share("max_momentum", self.max_momentum)
         check_positive("max_relative_step", self.max_relative_step)
 
+    def bounded(self, model: PlaneModel, value: Array) -> PlaneModel:
+        """The model of a batch's loss that promises no fall below the least loss."""
+        if self.least_loss is None:
+            return model
+        return above_least(model, jnp.abs(value - self.least_loss))
+
     def minimum(
         self,
         model: PlaneModel,
-        value: Array,
         beta: Array | None,
         rho: Array | None,
         rate: float | Array = 1.0,
@@ -83,14 +88,11 @@ class TrustRegion:
         """The step size and the momentum, as far as they are not given.
 
         Args:
-          model: of the batch's loss.
-          value: the loss.
+          model: what is made small.
           beta: the step size, if it is given.
           rho: the momentum, if it is given.
           rate: the learning rate, the part of a step that is taken.
         """
-        if self.least_loss is not None:
-            model = above_least(model, jnp.abs(value - self.least_loss))
         if rho is None:
             _, free = model.minimum(beta, None)
             left = 1.0 - jnp.minimum(rate, 1.0)

@@ -81,8 +81,17 @@ class GaussNewton(Protocol):
     """The Gauss-Newton model of a loss; what it costs is paid when it is asked."""
 
     @property
+    def value(self) -> Any:
+        """The loss."""
+        ...
+
+    @property
     def gradient(self) -> Any:
         """The gradient of the loss, in the order of the parameters' leaves."""
+        ...
+
+    def gradient_of(self, params: Any) -> Any:
+        """The gradient in the form of the parameters, of which some may be masked."""
         ...
 
     def linearize(self, params: Any) -> Linearization:
@@ -148,6 +157,15 @@ class MeanGaussNewton:
 
     parts: list[Any]
     gradient: Any
+
+    @property
+    def value(self) -> Any:
+        """The mean of the losses."""
+        return sum(part.value for part in self.parts) / len(self.parts)
+
+    def gradient_of(self, params: Any) -> Any:
+        """The gradient in the form of the parameters."""
+        return replace(self.parts[0], gradient=self.gradient).gradient_of(params)
 
     def linearize(self, params: Any) -> Linearization:
         """The mean of the losses near the parameters."""

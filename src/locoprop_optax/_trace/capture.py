@@ -64,7 +64,7 @@ def value_and_grad(
         uses = uses_of(traced, layers)
         result, gradient, records, cotangents = run_recorded(traced, uses, arrays)
         grads = jax.tree.unflatten(jax.tree.structure(params), gradient)
-        model = GaussNewton(arrays, gradient, key, traced, layers)
+        model = GaussNewton(arrays, result[0], gradient, key, traced, layers)
         collected = collect(
             traced, layers, uses, params, grads, model.penalties, records, cotangents
         )

@@ -28,6 +28,7 @@ class GaussNewton:
 
     Attributes:
       arrays: the parameters' leaves, then all other arrays that the trace takes.
+      value: the loss.
       gradient: of the loss in the parameters' leaves.
       key: for sampled cotangents; None to take one from the bits of the arguments.
       traced: the trace.
@@ -35,6 +36,7 @@ class GaussNewton:
     """
 
     arrays: list[Any]
+    value: Any
     gradient: list[Any]
     key: Any
     traced: Trace = field(metadata={"static": True})
@@ -68,10 +70,6 @@ class GaussNewton:
             moved: Any = optax.apply_updates(leaves, whole(change))
             return loss.behind(loss.values(moved))
 
-        known = dict(zip(traced.paths, self.gradient, strict=True))
-        gradient = map_by_path(
-            lambda path, leaf: leaf if is_masked(leaf) else known[path], params
-        )
         return Linearization(
             value=loss.behind(loss.values(leaves)),  # computed as `loss_at` does
             loss_gradient=loss_gradient,
@@ -79,7 +77,13 @@ class GaussNewton:
             vjp=lambda cotangents: jax.linear_transpose(jvp, params)(cotangents)[0],
             hvp=hvp,
             loss_at=loss_at,
-            gradient=gradient,
+        )
+
+    def gradient_of(self, params: Any) -> Any:
+        """The gradient of the loss in the form of `params`, masked where they are."""
+        known = dict(zip(self.traced.paths, self.gradient, strict=True))
+        return map_by_path(
+            lambda path, leaf: leaf if is_masked(leaf) else known[path], params
         )
 
     def penalties(self) -> dict[str, jax.Array] | None:

@@ -65,11 +65,12 @@ def keep_finite(
         reached = optax.apply_updates(params, step)
         finite = all_finite(reached) & _stays_finite(state.inner_state, moved)
         nothing = jax.tree.map(jnp.zeros_like, step)
-        kept = KeepFiniteState(
-            optax.tree.where(finite, moved, state.inner_state),
-            increased(state.skipped_steps, ~finite | _refused(moved)),
+        # A branch, not a selection, which each array's computation would repeat.
+        step, kept = jax.lax.cond(
+            finite, lambda: (step, moved), lambda: (nothing, state.inner_state)
         )
-        return optax.tree.where(finite, step, nothing), kept
+        skipped = increased(state.skipped_steps, ~finite | _refused(moved))
+        return step, KeepFiniteState(kept, skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -87,22 +88,27 @@ def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
 
 def all_finite(tree: Any) -> Array:
     """Whether all numbers of a tree are finite."""
-    return _all(jax.tree.map(jnp.isfinite, tree))
+    return _all([_finite(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _stays_finite(before: Any, after: Any) -> Array:
-    """Whether no number has ceased to be finite; some states hold infinities."""
+    """Whether no array has ceased to be finite; some states hold infinities."""
+    leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return _all([_finite(new) | ~_finite(old) for old, new in leaves if _is_float(old)])
 
-    def stays(old, new):
-        return jnp.isfinite(new) | ~jnp.isfinite(old)
 
-    return _all(jax.tree.map(stays, before, after))
+def _finite(leaf: Array) -> Array:
+    """Whether an array is finite, by one sum: no number times zero is anything else."""
+    return jnp.sum(0 * leaf) == 0
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _any(flags: list[Array]) -> Array:
     return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
 
 
-def _all(tree: Any) -> Array:
-    leaves = [jnp.all(leaf) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+def _all(flags: list[Array]) -> Array:
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

@@ -20,6 +20,8 @@ def locoprop(
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
     trust_region: TrustRegion | None = TrustRegion(),
+    refresh_every: int = 8,
+    measure_every: int = 4,
     weight_decay: ScalarOrSchedule = 0.0,
     fallback: optax.GradientTransformation | None = None,
     stack_layers: bool | str | None = None,
@@ -44,13 +46,18 @@ def locoprop(
         decay to zero averages the noise of the last batches out. Default: 1, all of
         it.
       loss: the local loss. Default: `losses.matching_loss()`.
-      target: the local target. Default: `targets.natural_gradient(1.0, damping=0.75)`.
+      target: the local target. Default: `targets.natural_gradient(1.0, damping=0.75,
+        decay=0.8)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
       solver: how the problems are solved. Default:
-        `solvers.majorized_newton(1, damping=0.3)`.
+        `solvers.majorized_newton(1, damping=0.3, ema=0.8)`.
       trust_region: how far the model is trusted. A loss that can be below zero needs
         another `least_loss`. None follows the model wherever it leads. Default:
         `TrustRegion()`.
+      refresh_every: the number of steps from one to the next that makes curvature and
+        inverses anew, as in `scale_by_locoprop`. Default: 8.
+      measure_every: the number of steps from one to the next that measures step size
+        and momentum, as in `scale_by_quadratic_model`. Default: 4.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
       fallback: a complete optimizer for all parameters that are no layers, and for
         tables that are looked up. Default: `optax.adamw(1e-2)`.
@@ -93,8 +100,8 @@ def locoprop(
       <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
       solver, and putting them together, are ours.
     """
-    usual_target = targets.natural_gradient(1.0, damping=0.75)
-    usual_solver = solvers.majorized_newton(1, damping=0.3)
+    usual_target = targets.natural_gradient(1.0, damping=0.75, decay=0.8)
+    usual_solver = solvers.majorized_newton(1, damping=0.3, ema=0.8)
 
     def decay(count):
         return -at(learning_rate, count) * at(weight_decay, count)
@@ -106,6 +113,7 @@ def locoprop(
             target=usual_target if target is None else target,
             regularizer=regularizer,
             solver=usual_solver if solver is None else solver,
+            refresh_every=refresh_every,
             stack_layers=stack_layers,
             precision=precision,
             diagnostics=diagnostics,
@@ -115,6 +123,8 @@ def locoprop(
             learning_rate=learning_rate,
             damping=0.0,
             damping_decay=1.0,
+            average_decay=0.9,
+            measure_every=measure_every,
             trust_region=trust_region,
         ),
         optax.add_decayed_weights(decay),

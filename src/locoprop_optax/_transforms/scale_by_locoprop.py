@@ -19,6 +19,8 @@ from locoprop_optax._transforms.diagnostics import (
     mean_over_stacks,
     no_diagnostics,
 )
+from locoprop_optax._utils.every import every
+from locoprop_optax._utils.hyperparams import check_count
 from locoprop_optax._utils.sharding import (
     check_axis,
     check_replicas,
@@ -50,6 +52,7 @@ def scale_by_locoprop(
     target: targets.Target | None = None,
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
+    refresh_every: int = 1,
     stack_layers: bool | str | None = None,
     precision: str | None = None,
     diagnostics: bool = False,
@@ -75,6 +78,11 @@ def scale_by_locoprop(
       target: the local target. Default: `targets.normalized(0.05)`.
       regularizer: the local regularizer. Default: `regularizers.none()`.
       solver: how the problems are solved. Default: `solvers.majorized_newton()`.
+      refresh_every: the number of steps from one refresh to the next. What target and
+        solver know of the curvature (second moments, sampled cotangents, Gram matrices
+        and their inverses) is made anew then, and costs nothing in between. At first it
+        is each step, then at most an eighth of the steps so far. Solvers that take
+        several steps in the curvature of the batch need 1. Default: 1.
       stack_layers: whether equal layers are solved together, stacked in one array: that
         is fewer kernels to launch, but copies what it stacks. Convolutions stay alone.
         The name of a mesh axis spreads stacked layers over it, where it divides their
@@ -125,8 +133,12 @@ def scale_by_locoprop(
     penalty = regularizers.none() if regularizer is None else regularizer
     check_layers(layers)
     _check_parts(loss, target, penalty, solver)
+    check_count("refresh_every", refresh_every)
     stacked = jax.default_backend() != "cpu" if stack_layers is None else stack_layers
     mesh_axis = stack_layers if isinstance(stack_layers, str) else None
+
+    def at_precision():
+        return jax.default_matmul_precision(precision) if precision else nullcontext()
 
     def init(params):
         check_params(params, layers)
@@ -141,19 +153,58 @@ def scale_by_locoprop(
             diagnostics={p: no_diagnostics() for p in local} if diagnostics else (),
         )
 
-    def update(updates, state, params=None, *, intermediates=None, **extra_args):
-        del extra_args
-        if params is None:
-            raise TypeError("scale_by_locoprop: update needs `params`.")
-        check_replicas()
-        if mesh_axis is not None:
-            check_axis(mesh_axis)
-        if target.samples and isinstance(intermediates, Intermediates):
-            intermediates = intermediates.sampled()
-        records = match_layers(intermediates, params, layers)
-        local = layers.split(params)
-        if not local:
-            return updates, state
+    def group(records):
+        return Grouped.of(
+            records,
+            stack_dims={path: r.stack_dims for path, r in records.items()},
+            alone=[
+                path
+                for path, record in records.items()
+                if not stacked or record.linear_map.is_convolution
+            ],
+            mesh_axis=mesh_axis,
+        )
+
+    def posed(grouped, local, state):
+        """All local problems, and the targets' states after them."""
+
+        def pose_layer(layer, layer_params, target_state):
+            return pose(
+                layer,
+                layer_params,
+                target_state,
+                state.count,
+                loss=loss,
+                target=target,
+                regularizer=penalty.at(state.count),
+                with_penalty=solver.scales_gradient,
+            )
+
+        known = grouped.like(local), grouped.like(state.target)
+        return grouped.map(pose_layer, *known).unzip()
+
+    def refresh(records, local, state):
+        """What target and solver know of the curvature, made anew."""
+        grouped = group(records)
+
+        def refresh_layer(layer, target_state):
+            local_loss = loss(layer.transfer)
+            return target.refresh(layer, local_loss, target_state, state.count)
+
+        targets = grouped.map(refresh_layer, grouped.like(state.target)).to_layers()
+        problems, _ = posed(grouped, local, state._replace(target=targets))
+        with at_precision():
+            known = solver.refresh(LocalProblems(problems), state.solver, state.count)
+        return targets, known
+
+    def solve(records, local, state):
+        """The directions, and the state after them."""
+        grouped = group(records)
+        problems, target_states = posed(grouped, local, state)
+        with at_precision():
+            step, solver_state = solver.solve(
+                LocalProblems(problems), state.solver, state.count
+            )
 
         def penalty_of(record, name):
             """The gradient of penalties, where the problems know nothing of them."""
@@ -161,63 +212,52 @@ def scale_by_locoprop(
                 return 0.0
             return record.penalty[name]
 
-        def solve(records, local, state):
-            now = penalty.at(state.count)
-
-            def pose_layer(layer, layer_params, target_state):
-                return pose(
-                    layer,
-                    layer_params,
-                    target_state,
-                    state.count,
-                    loss=loss,
-                    target=target,
-                    regularizer=now,
-                    with_penalty=solver.scales_gradient,
-                )
-
-            grouped = Grouped.of(
-                records,
-                stack_dims={path: r.stack_dims for path, r in records.items()},
-                alone=[
-                    path
-                    for path, record in records.items()
-                    if not stacked or record.linear_map.is_convolution
-                ],
-                mesh_axis=mesh_axis,
-            )
-            posed, new_target_states = grouped.map(
-                pose_layer, grouped.like(local), grouped.like(state.target)
-            ).unzip()
-            with (
-                jax.default_matmul_precision(precision) if precision else nullcontext()
-            ):
-                step, solver_state = solver.solve(
-                    LocalProblems(posed), state.solver, state.count
-                )
-
-            directions = {
-                path: {
-                    n: (penalty_of(records[path], n) - step[path][n]).astype(p.dtype)
-                    for n, p in part.items()
-                }
-                for path, part in local.items()
+        directions = {
+            path: {
+                n: (penalty_of(records[path], n) - step[path][n]).astype(p.dtype)
+                for n, p in part.items()
             }
-            shown = state.diagnostics
-            if diagnostics:
-                seen = grouped.map(diagnose, posed, grouped.like(step)).to_layers()
-                shown = {path: mean_over_stacks(s) for path, s in seen.items()}
-            new_state = ScaleByLocoPropState(
-                count=jnp.asarray(optax.safe_increment(state.count)),
-                target=new_target_states.to_layers(),
-                solver=solver_state,
-                diagnostics=shown,
-            )
-            return directions, new_state
+            for path, part in local.items()
+        }
+        shown = state.diagnostics
+        if diagnostics:
+            seen = grouped.map(diagnose, problems, grouped.like(step)).to_layers()
+            shown = {path: mean_over_stacks(s) for path, s in seen.items()}
+        return directions, ScaleByLocoPropState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            target=target_states.to_layers(),
+            solver=solver_state,
+            diagnostics=shown,
+        )
 
-        run = sharded_by_compiler(solve, like=(local, state))
-        directions, new_state = run(records, local, state)
-        return layers.merge(updates, directions), new_state
+    def update(updates, state, params=None, *, intermediates=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise TypeError("scale_by_locoprop: update needs `params`.")
+        check_replicas()
+        if mesh_axis is not None:
+            check_axis(mesh_axis)
+        records = match_layers(intermediates, params, layers)
+        local = layers.split(params)
+        if not local:
+            return updates, state
+
+        def known_anew():
+            seen = records
+            if target.samples and isinstance(intermediates, Intermediates):
+                seen = match_layers(intermediates.sampled(), params, layers)
+            known = (state.target, state.solver)
+            return sharded_by_compiler(refresh, like=known)(seen, local, state)
+
+        def as_before():
+            return state.target, state.solver
+
+        known = every(refresh_every, state.count, known_anew, as_before)
+        state = state._replace(target=known[0], solver=known[1])
+        directions, state = sharded_by_compiler(solve, like=(local, state))(
+            records, local, state
+        )
+        return layers.merge(updates, directions), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

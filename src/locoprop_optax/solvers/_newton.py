@@ -1,5 +1,6 @@
 """Newton steps on a quadratic above the local problem, and the exact solution."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from locoprop_optax._problems.problem import SQUARED_LOSS, LocalProblem
 from locoprop_optax._records.layers import Layer
 from locoprop_optax._records.linear_maps import LayerParams
 from locoprop_optax._transforms.keep_finite import increased
+from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.errors import LayerError
 from locoprop_optax._utils.hyperparams import (
@@ -30,6 +32,7 @@ from locoprop_optax._utils.hyperparams import (
 )
 from locoprop_optax.solvers._solver import Solver, repeat
 
+T = TypeVar("T")
 G = TypeVar("G", Gram, DiagonalGram)
 
 
@@ -99,30 +102,36 @@ def majorized_newton(
         )
 
     def init(params, layers):
+        def zeros(made_of):
+            return {p: _zeros(layers[p], part, made_of) for p, part in params.items()}
+
         return MajorizedNewtonState(
-            curvature={p: _no_curvature(layers[p], part) for p, part in params.items()}
-            if ema
-            else (),
+            curvature=zeros(Average.empty) if ema else (),
+            factors=zeros(lambda gram: _factorize((gram, 1.0, 0.0), damping=0.0)),
             raised_damping=jnp.zeros((), jnp.int32),
         )
 
-    def solve(problems, state, count):
-        layers = problems.with_gram(num_steps - 1, is_formed=stride == 1).grouped
-        grams, averages = layers.map(partial(LocalProblem.to_gram, stride=stride)), ()
+    def refresh(problems, state, count):
+        layers, averages = problems.grouped, ()
+        grams = layers.map(partial(LocalProblem.to_gram, stride=stride))
         if ema:
-            average = partial(_averaged, ema=ema, count=count)
             known = layers.like(state.curvature)
-            grams, moved = grams.map(average, known).unzip()
+            grams, moved = grams.map(partial(_averaged, ema=ema), known).unzip()
             averages = moved.to_layers()
         factorize = partial(_factorize, damping=at(damping, count))
-        # An inverse is much to compile, so that equal ones are made at once.
-        factors = layers.map(_curvature, grams).map_together(factorize)
-        step = layers.map(partial(_steps, num_steps=num_steps), factors)
+        factors = layers.map(_curvature, grams).map(factorize)
         raised = sum(jnp.sum(factor.raised) for factor in factors.values)
         total = increased(state.raised_damping, raised)
-        return step.to_layers(), MajorizedNewtonState(averages, total)
+        return MajorizedNewtonState(averages, factors.to_layers(), total)
 
-    return Solver(init, solve)
+    def solve(problems, state, count):
+        del count
+        layers = problems.with_gram(num_steps - 1).grouped
+        factors = layers.like(state.factors)
+        step = layers.map(partial(_steps, num_steps=num_steps), factors)
+        return step.to_layers(), state
+
+    return Solver(init, solve, refresh)
 
 
 def exact(
@@ -180,7 +189,7 @@ def exact(
         problems.each(check)
         return one_step.solve(problems, state, count)
 
-    return Solver(one_step.init, solve)
+    return one_step._replace(solve=solve)
 
 
 def bounds(problem: LocalProblem, solver: str) -> tuple[float, float | Array]:
@@ -210,11 +219,13 @@ class MajorizedNewtonState(NamedTuple):
 
     Attributes:
       curvature: the averaged curvature of each layer; () without `ema`.
+      factors: what the steps need of the curvature of each layer, inverted.
       raised_damping: how often rounding spoiled an inverse, so that the trace of the
         curvature stood for it.
     """
 
     curvature: Any
+    factors: Any
     raised_damping: Int[Array, ""]
 
 
@@ -232,30 +243,32 @@ class _Factor(NamedTuple):
     raised: Bool[Array, ""]
 
 
-def _no_curvature(layer: Layer, params: LayerParams) -> Gram | DiagonalGram:
-    """The state of `ema` before the first batch, by the shapes of the parameters."""
+def _zeros(
+    layer: Layer, params: LayerParams, made_of: Callable[[Gram | DiagonalGram], T]
+) -> T:
+    """Zeros in the form of what is made of a layer's Gram matrix."""
 
-    def none(params):
+    def of(params):
         kernel, bias = layer.linear_map.to_matrices(at_least_float32(dict(params)))
         groups, columns, _ = kernel.shape
         rows = jnp.zeros((), kernel.dtype)
         if layer.linear_map.is_diagonal:
-            return DiagonalGram(jnp.zeros((groups, columns, 1), kernel.dtype), rows)
+            return made_of(
+                DiagonalGram(jnp.zeros((groups, columns, 1), kernel.dtype), rows)
+            )
         inner = jnp.zeros((groups, columns, columns), kernel.dtype)
-        return Gram(inner, None if bias is None else inner[..., :1], rows)
+        return made_of(Gram(inner, None if bias is None else inner[..., :1], rows))
 
     for _ in layer.stack:
-        none = jax.vmap(none)
-    return none(dict(params))
+        of = jax.vmap(of)
+    shapes = jax.eval_shape(of, dict(params))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def _averaged(gram: G, average: G, *, ema: float, count: Array) -> tuple[G, G]:
+def _averaged(gram: G, average: Average, *, ema: float) -> tuple[G, Average]:
     """The averaged Gram matrices, as if of this batch's rows, and the new average."""
-    correction = gram.rows / (1 - ema ** (count + 1.0)).astype(gram.rows.dtype)
-    average = jax.tree.map(
-        lambda old, new: ema * old + (1 - ema) * new / gram.rows, average, gram
-    )
-    return jax.tree.map(lambda leaf: correction * leaf, average), average
+    average = average.moved(jax.tree.map(lambda leaf: leaf / gram.rows, gram), ema)
+    return jax.tree.map(lambda leaf: gram.rows * leaf, average.value()), average
 
 
 def _curvature(problem: LocalProblem, gram: G) -> tuple[G, Array, Array]:
@@ -266,7 +279,7 @@ def _curvature(problem: LocalProblem, gram: G) -> tuple[G, Array, Array]:
 
 
 def _factorize(
-    curvature: tuple[Gram | DiagonalGram, Array, Array], *, damping: Any
+    curvature: tuple[Gram | DiagonalGram, Any, Any], *, damping: Any
 ) -> _Factor:
     """Damps and inverts what bounds a layer's Hessian.
 

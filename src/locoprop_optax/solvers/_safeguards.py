@@ -52,7 +52,7 @@ def limited(solver: Solver, max_relative_step: ScalarOrSchedule) -> Solver:
         step, state = solver.solve(problems, state, count)
         return problems.map(limit, step), state
 
-    return Solver(solver.init, solve, solver.scales_gradient)
+    return solver._replace(solve=solve)
 
 
 def line_searched(solver: Solver, num_halvings: int = 8) -> Solver:
@@ -107,4 +107,4 @@ def line_searched(solver: Solver, num_halvings: int = 8) -> Solver:
         step, state = solver.solve(problems, state, count)
         return problems.map(search, step), state
 
-    return Solver(solver.init, solve, solver.scales_gradient)
+    return solver._replace(solve=solve)

@@ -14,14 +14,21 @@ from locoprop_optax._records.linear_maps import LayerParams
 T = TypeVar("T")
 
 
+def _as_it_is(problems: LocalProblems, state: Any, count: Array) -> Any:
+    del problems, count
+    return state
+
+
 class Solver(NamedTuple):
-    """A solver, as a pair of pure functions.
+    """A solver, as pure functions.
 
     Attributes:
       init: from the layers' parameters, by path and by name, and the layers by path,
         to the solver's state.
       solve: from (problems, state, count) to (steps, new state), steps in the form of
         the parameters.
+      refresh: from (problems, state, count) to the state with what is known of the
+        curvature made anew, before `solve`, but not at every step. Default: nothing is.
       scales_gradient: whether the step follows the gradient at a rate of the solver's
         own, so that penalties belong into its problems. Otherwise their gradient is
         added to the step as it is, and does not go through an inverse of curvature.
@@ -29,6 +36,7 @@ class Solver(NamedTuple):
 
     init: Callable[[Mapping[str, LayerParams], Mapping[str, Layer]], Any]
     solve: Callable[[LocalProblems, Any, Array], tuple[Any, Any]]
+    refresh: Callable[[LocalProblems, Any, Array], Any] = _as_it_is
     scales_gradient: bool = False
 
 

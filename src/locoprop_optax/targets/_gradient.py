@@ -16,8 +16,7 @@ from locoprop_optax._utils.hyperparams import (
 from locoprop_optax.targets._target import (
     Displacement,
     Target,
-    average_in,
-    zeros_for,
+    no_average,
 )
 
 
@@ -98,19 +97,22 @@ def normalized(
     check_share("decay", decay)
 
     def init(layer, params):
-        return zeros_for(layer, params, *params["kernel"].shape[-1:] * by_unit)
+        return no_average(layer, params, *params["kernel"].shape[-1:] * by_unit)
+
+    def refresh(layer, loss, state, count):
+        del loss, count
+        rows = math.prod(layer.cotangents.shape[:-1])
+        per_example = rows * layer.cotangents.astype(state.total.dtype)
+        axes = tuple(range(per_example.ndim - by_unit))
+        return state.moved(jnp.mean(per_example**2, axis=axes), decay)
 
     def update(layer, loss, state, count):
         del loss
-        rows = math.prod(layer.cotangents.shape[:-1])
-        per_example = rows * layer.cotangents.astype(state.dtype)
-        axes = tuple(range(per_example.ndim - by_unit))
-        mean_square = jnp.mean(per_example**2, axis=axes)
-        state, unbiased = average_in(state, mean_square, decay, count)
-        per_rms = jnp.where(unbiased > 0, jax.lax.rsqrt(unbiased), 0.0)
-        scale = (at(learning_rate, count) * rows * per_rms).astype(state.dtype)
+        rows, mean_square = math.prod(layer.cotangents.shape[:-1]), state.value()
+        per_rms = jnp.where(mean_square > 0, jax.lax.rsqrt(mean_square), 0.0)
+        scale = (at(learning_rate, count) * rows * per_rms).astype(mean_square.dtype)
         if by_unit:
             return Displacement(scale * layer.cotangents), state
         return _scaled(layer, scale), state
 
-    return Target(init, update)
+    return Target(init, update, refresh)

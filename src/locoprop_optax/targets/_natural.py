@@ -1,9 +1,12 @@
 """Targets along the cotangents in the metric of their second moment."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from locoprop_optax._problems.inverse import in_full_precision, inverse
+from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.errors import LayerError
 from locoprop_optax._utils.hyperparams import (
@@ -16,7 +19,7 @@ from locoprop_optax._utils.hyperparams import (
 from locoprop_optax.targets._target import (
     Displacement,
     Target,
-    average_in,
+    no_average,
     zeros_for,
 )
 
@@ -60,7 +63,8 @@ def natural_gradient(
       decay: :math:`\beta` in [0, 1). 0 takes each batch by itself.
 
     Returns:
-      The target. Its state is :math:`C` for the units of the output's last axis.
+      The target. Its state is :math:`C` for the units of the output's last axis, and
+      the damped inverse, both made anew at each refresh.
 
     Raises:
       ValueError: if a number is out of its range.
@@ -85,39 +89,60 @@ def natural_gradient(
     check_share("decay", decay)
 
     @in_full_precision
-    def update(layer, loss, state, count):
+    def refresh(layer, loss, state, count):
         del loss
         linear_map, units = layer.linear_map, layer.cotangents.shape[-1]
-        rows = layer.cotangents.size // units
         own = linear_map.examples(layer.cotangents) ** 0.5 * at_least_float32(
             layer.cotangents
         )
         sampled = layer.sampled_cotangents
         seen = own if sampled is None else at_least_float32(sampled)
         moment = _second_moment(seen.reshape(-1, units), linear_map.units_apart)
-        state, unbiased = average_in(state, moment, decay, count)
+        averaged = state.second_moment.moved(moment, decay)
+        unbiased = averaged.value()
         trace = jnp.trace(unbiased) if unbiased.ndim > 1 else jnp.sum(unbiased)
         mean = jnp.maximum(trace, LEAST_SHARE * jnp.sum(own**2)) / units
         diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
-        rate = at(learning_rate, count) * rows
         if linear_map.units_apart:
-            metric, product = 1 / (unbiased + diagonal), jnp.multiply
+            metric = 1 / (unbiased + diagonal)
         else:
-            eye = jnp.eye(units, dtype=state.dtype)
-            metric, product = inverse(unbiased + diagonal * eye), jnp.matmul
-        transform = (rate * metric).astype(state.dtype)
-        outputs = product(layer.cotangents, transform)
-        if not linear_map.ends_in_units:
+            eye = jnp.eye(units, dtype=unbiased.dtype)
+            metric = inverse(unbiased + diagonal * eye)
+        return NaturalGradientState(averaged, metric.astype(state.metric.dtype))
+
+    @in_full_precision
+    def update(layer, loss, state, count):
+        del loss
+        rows = layer.cotangents.size // layer.cotangents.shape[-1]
+        metric = at(learning_rate, count) * rows * state.metric
+        metric = metric.astype(state.metric.dtype)
+        product = jnp.multiply if layer.linear_map.units_apart else jnp.matmul
+        outputs = product(layer.cotangents, metric)
+        if not layer.linear_map.ends_in_units:
             return Displacement(outputs), state
-        gradient = {n: product(g, transform) for n, g in layer.gradient.items()}
+        gradient = {n: product(g, metric) for n, g in layer.gradient.items()}
         return Displacement(outputs, gradient), state
 
     def init(layer, params):
         units = params["kernel"].shape[-1]
-        apart = layer.linear_map.units_apart
-        return zeros_for(layer, params, *(units,) if apart else (units, units))
+        shape = (units,) if layer.linear_map.units_apart else (units, units)
+        return NaturalGradientState(
+            no_average(layer, params, *shape), zeros_for(layer, params, *shape)
+        )
 
-    return Target(init, update, samples=True)
+    return Target(init, update, refresh, samples=True)
+
+
+class NaturalGradientState(NamedTuple):
+    """State of `natural_gradient` for one layer.
+
+    Attributes:
+      second_moment: C, averaged; its diagonal for an elementwise factor.
+      metric: the damped inverse.
+    """
+
+    second_moment: Average
+    metric: Float[Array, "*units"]
 
 
 def _second_moment(rows: Array, units_apart: bool) -> Array:
@@ -169,13 +194,13 @@ def gauss_newton(
     """
     natural = natural_gradient(learning_rate, damping, decay)
 
-    def update(layer, loss, state, count):
+    def refresh(layer, loss, state, count):
         if layer.sampled_cotangents is None:
             raise LayerError(
                 "targets.gauss_newton needs sampled cotangents, and its record has "
                 "none. Add them with locoprop_optax.add_sampled_cotangents, or use "
                 "targets.natural_gradient, which does without."
             )
-        return natural.update(layer, loss, state, count)
+        return natural.refresh(layer, loss, state, count)
 
-    return Target(natural.init, update, samples=True)
+    return natural._replace(refresh=refresh)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._records.layers import Layer
 from locoprop_optax._records.linear_maps import LayerParams
+from locoprop_optax._utils.average import Average
 from locoprop_optax.losses import Loss
 
 
@@ -26,19 +27,28 @@ class Displacement(NamedTuple):
     gradient: Mapping[str, Array] | None = None
 
 
+def _as_it_is(layer: LayerIntermediates, loss: Loss, state: Any, count: Array) -> Any:
+    del layer, loss, count
+    return state
+
+
 class Target(NamedTuple):
-    """A target for one layer, as a pair of pure functions.
+    """A target for one layer, as pure functions.
 
     Attributes:
       init: from a layer, and its parameters by name, to the target's state for it, a
         pytree of arrays, those of stacked layers stacked in front.
       update: from (intermediates, local loss, state, count) to (displacement, new
         state), for one layer of a stack.
-      samples: whether it wants sampled cotangents in the intermediates.
+      refresh: from (intermediates, local loss, state, count) to the state with what is
+        known of the curvature made anew, before `update`, but not at every step.
+        Default: nothing is.
+      samples: whether `refresh` wants sampled cotangents in the intermediates.
     """
 
     init: Callable[[Layer, LayerParams], Any]
     update: Callable[[LayerIntermediates, Loss, Any, Array], tuple[Displacement, Any]]
+    refresh: Callable[[LayerIntermediates, Loss, Any, Array], Any] = _as_it_is
     samples: bool = False
 
 
@@ -48,9 +58,7 @@ def zeros_for(layer: Layer, params: LayerParams, *shape: int) -> Array:
     return jnp.zeros((*layer.stack, *shape), dtype)
 
 
-def average_in(
-    state: Array, now: Array, decay: float, count: Array
-) -> tuple[Array, Array]:
-    """A running average, and its unbiased value."""
-    state = decay * state + (1 - decay) * now.astype(state.dtype)
-    return state, state / (1 - decay ** (count + 1.0)).astype(state.dtype)
+def no_average(layer: Layer, params: LayerParams, *shape: int) -> Average:
+    """An average for a layer, one for each layer of a stack."""
+    total, weight = zeros_for(layer, params, *shape), zeros_for(layer, params)
+    return Average(total, weight)

@@ -33,7 +33,7 @@ def clipped(target: Target) -> Target:
         goal = loss.project(start - displacement.outputs)
         return Displacement(start - goal), state
 
-    return Target(target.init, update, target.samples)
+    return Target(target.init, update, target.refresh, target.samples)
 
 
 def momentum(target: Target, decay: float = 0.9) -> Target:
@@ -82,4 +82,8 @@ def momentum(target: Target, decay: float = 0.9) -> Target:
         velocity = kept + mean.astype(kept.dtype)
         return Displacement(outputs), (inner, velocity)
 
-    return Target(init, update, target.samples)
+    def refresh(layer, loss, state, count):
+        inner, velocity = state
+        return target.refresh(layer, loss, inner, count), velocity
+
+    return Target(init, update, refresh, target.samples)
