@@ -72,7 +72,7 @@ def every_few_steps(
       problem: as there.
       settings: as there.
     """
-    optimizers = ("adamw", "muon", "kfac", *MIXED)
+    optimizers = ("adamw", "muon", "kfac", "locoprop", *MIXED)
 
     def add_all(parser):
         add_arguments(parser)

@@ -290,8 +290,8 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "locoprop": Contestant(
         "locoprop (our defaults)",
-        _locoprop,
-        {**LOCOPROP, "decays": Choice((False, True), False)},
+        lambda steps, layers: loco.locoprop(layers),
+        {},
         needs=INTERMEDIATES,
     ),
     "locoprop_momentum": Contestant(

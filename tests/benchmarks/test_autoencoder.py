@@ -77,6 +77,7 @@ def test_every_contestant_has_a_label():
 SMALL = ["--train-size", "60", "--batch-size", "30", "--width", "0.02"]
 
 
+@pytest.mark.slow
 def test_a_shared_machine_times_what_ran_alone(tmp_path):
     shared = ["--room", str(tmp_path / "room"), "--optimizers", "sgd"]
     autoencoder.main([*SMALL, "--epochs", "3", *shared, "--output", str(tmp_path)])
@@ -88,6 +89,7 @@ def test_a_shared_machine_times_what_ran_alone(tmp_path):
     np.testing.assert_allclose(seconds, seconds[1] * np.arange(4), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_what_there_is(tmp_path, monkeypatch):
     train = comparison.Run._train
 

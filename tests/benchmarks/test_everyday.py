@@ -43,6 +43,7 @@ def test_a_step_of_each_is_captured(problem):
     assert len(jax.tree.leaves(grads)) > 1
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_shows_all_tables(tmp_path, capsys):
     everyday.main(
         [

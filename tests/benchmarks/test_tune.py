@@ -52,6 +52,7 @@ def test_what_is_tried_first_lies_in_the_space(name):
             assert 0 < range_.low <= range_.first <= range_.high
 
 
+@pytest.mark.slow
 def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     options = [*SMALL, "--optimizers", "sgd", "momentum", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "2"])
@@ -83,6 +84,7 @@ def test_tuning_resumes_and_the_benchmark_takes_what_it_found(tmp_path, capsys):
     assert "Seed 1: sgd, momentum\n" in shown
 
 
+@pytest.mark.slow
 def test_trials_of_other_lengths_are_not_compared(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "1"])
@@ -99,6 +101,7 @@ def test_trials_of_other_lengths_are_not_compared(tmp_path):
     assert found["train_loss"] == studies["sgd, 8 steps"].best_trial.value
 
 
+@pytest.mark.slow
 def test_what_shorter_trials_chose_is_tried_second(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     path = tmp_path / "tuned_autoencoder_curves.json"
@@ -109,6 +112,7 @@ def test_what_shorter_trials_chose_is_tried_second(tmp_path):
     assert [t.params["learning_rate"] for t in trials] == [1e-3, 0.25]
 
 
+@pytest.mark.slow
 def test_no_draw_is_tried_twice_after_a_resumption_or_with_other_lengths(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "2"])

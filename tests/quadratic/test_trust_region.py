@@ -57,9 +57,9 @@ def test_the_added_curvature_is_that_of_the_root_squared():
 @pytest.mark.usefixtures("float64")
 @given(st.integers(0, 2**32 - 1))
 def test_momentum_is_bounded_and_the_step_size_the_best_for_it(seed):
-    model, value = model_of(seed), jnp.asarray(1.0)
+    model = model_of(seed)
     region = loco.TrustRegion(least_loss=None, max_momentum=0.5)
-    beta, rho = region.minimum(model, value, None, None)
+    beta, rho = region.minimum(model, None, None)
     assert 0 <= rho <= 0.5
 
     def change(beta, rho):
@@ -73,9 +73,9 @@ def test_momentum_is_bounded_and_the_step_size_the_best_for_it(seed):
 
 def test_what_is_fixed_stays_fixed():
     region = loco.TrustRegion()
-    beta, rho = region.minimum(model_of(1), jnp.asarray(1.0), None, jnp.asarray(2.0))
+    beta, rho = region.minimum(model_of(1), None, jnp.asarray(2.0))
     assert rho == 2.0
-    beta, rho = region.minimum(model_of(1), jnp.asarray(1.0), jnp.asarray(3.0), None)
+    beta, rho = region.minimum(model_of(1), jnp.asarray(3.0), None)
     assert beta == 3.0
     assert 0 <= rho <= region.max_momentum
 

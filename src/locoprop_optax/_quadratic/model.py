@@ -301,7 +301,8 @@ def minimize_along(
         dtype = state.average.weight.dtype
 
         def measured():
-            model = on_the_plane(near.linearize(), near.gradient, d, z, strength)
+            found = on_the_plane(near.linearize(), near.gradient, d, z, strength)
+            model = jax.tree.map(lambda leaf: leaf.astype(dtype), found)
             beta, rho = (
                 None if fixed is None else jnp.asarray(at(fixed, state.count))
                 for fixed in (step_size, momentum)
@@ -317,7 +318,8 @@ def minimize_along(
             return beta.astype(dtype), rho.astype(dtype), model, average
 
         def as_before():
-            model = PlaneModel.flat(near.gradient, d, z)
+            found = PlaneModel.flat(near.gradient, d, z)
+            model = jax.tree.map(lambda leaf: leaf.astype(dtype), found)
             last = (state.step_size, state.momentum)
             return *(number.astype(dtype) for number in last), model, state.average
 
