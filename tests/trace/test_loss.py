@@ -98,9 +98,8 @@ def test_products_are_those_of_a_model_and_a_loss_by_hand(cost):
         reached = cost(model_fn(optax.apply_updates(params, change)))
         for linear in (found, by_hand):
             np.testing.assert_allclose(linear.loss_at(change), reached, rtol=1e-9)
-        np.testing.assert_allclose(
-            ravel_pytree(found.gradient)[0], ravel_pytree(grads)[0]
-        )
+        gradient = intermediates.gauss_newton.gradient_of(params)
+        np.testing.assert_allclose(ravel_pytree(gradient)[0], ravel_pytree(grads)[0])
 
 
 @pytest.mark.parametrize("cost", LOSSES)
@@ -142,7 +141,7 @@ def test_penalties_are_in_the_gradient_and_in_the_curvature():
     reached = penalized(optax.apply_updates(PARAMS, change))
     np.testing.assert_allclose(found.loss_at(change), reached, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-5)
-    jax.tree.map(close, found.gradient, grads)
+    jax.tree.map(close, intermediates.gauss_newton.gradient_of(PARAMS), grads)
     outputs, *penalized_params = found.jvp(change)
     (expected,) = plain.jvp(change)
     close(outputs, expected)
@@ -250,8 +249,9 @@ def test_the_joined_curvature_is_that_of_the_large_batch():
     for model in (whole, joined):
         linear = model.linearize(params)
         product = linear.vjp(linear.hvp(linear.jvp(change)))
-        scalars = (linear.value, linear.loss_at(change))
-        products.append(ravel_pytree((product, linear.gradient, scalars))[0])
+        scalars = (model.value, linear.value, linear.loss_at(change))
+        gradient = model.gradient_of(params)
+        products.append(ravel_pytree((product, gradient, scalars))[0])
     np.testing.assert_allclose(products[0], products[1], rtol=1e-5, atol=1e-7)
 
 
@@ -270,9 +270,9 @@ def test_a_part_of_the_batch_gives_curvature_and_the_whole_gives_gradients():
         assert layer.cotangents is whole.layers[path].cotangents
         sampled = part.sampled().layers[path].sampled_cotangents
         np.testing.assert_array_equal(layer.sampled_cotangents, sampled)
-    linear = both.gauss_newton.linearize(PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, linear.gradient, grads)
-    (pushed,) = linear.jvp(change_of(PARAMS))
+    gradient = both.gauss_newton.gradient_of(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, gradient, grads)
+    (pushed,) = both.gauss_newton.linearize(PARAMS).jvp(change_of(PARAMS))
     assert pushed.shape == (4, 3)
     with pytest.raises(ValueError, match="no Gauss-Newton model"):
         loco.add_curvature(whole, loco.Intermediates(part.layers))
@@ -441,10 +441,13 @@ def test_locoprop_takes_the_same_step_as_with_functions():
     by_hand = optax.chain(
         loco.scale_by_locoprop(
             layers,
-            target=loco.targets.natural_gradient(1.0, damping=0.75),
-            solver=loco.solvers.majorized_newton(1, damping=0.3),
+            target=loco.targets.natural_gradient(1.0, damping=0.75, decay=0.8),
+            solver=loco.solvers.majorized_newton(1, damping=0.3, ema=0.8),
+            refresh_every=8,
         ),
-        loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0),
+        loco.scale_by_quadratic_model(
+            damping=0.0, damping_decay=1.0, average_decay=0.9, measure_every=4
+        ),
     )
     states, losses = [tx.init(params), by_hand.init(params)], []
     for _ in range(4):
@@ -585,3 +588,17 @@ def test_locoprop_keeps_dtypes_and_takes_injected_rates(dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
         assert loss_fn(optax.apply_updates(params, updates), batch) < before
+
+
+def test_the_curvature_of_joined_parts_keeps_the_gradient_of_the_whole():
+    """Found when a gradient came to be asked for by itself."""
+
+    def loss_fn(params, x):
+        return jnp.mean(model_fn(params, x) ** 2)
+
+    _, grads, whole = capture(loss_fn)(PARAMS, X)
+    joined = loco.join_intermediates(
+        *(capture(loss_fn)(PARAMS, part)[2] for part in (X[:2], X[2:4]))
+    )
+    both = loco.add_curvature(whole, joined).gauss_newton
+    jax.tree.map(np.testing.assert_array_equal, both.gradient_of(PARAMS), grads)

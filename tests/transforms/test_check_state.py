@@ -50,7 +50,9 @@ def test_another_model():
 def test_another_solver():
     solver = loco.solvers.majorized_newton(1, ema=0.9)
     other = partial(loco.locoprop_momentum, solver=solver)
-    match = r"solver/curvature/first/kernel/inner: saved as nothing, expected float32"
+    match = (
+        r"solver/curvature/first/kernel/total/inner: saved as nothing, expected float32"
+    )
     with pytest.raises(ValueError, match=match):
         loco.check_state(state_of(loco.locoprop_momentum), state_of(other))
 

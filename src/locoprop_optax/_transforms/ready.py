@@ -8,7 +8,7 @@ from locoprop_optax._quadratic.trust_region import TrustRegion
 from locoprop_optax._records.layers import Layers
 from locoprop_optax._transforms.fallback import with_fallback
 from locoprop_optax._transforms.scale_by_locoprop import scale_by_locoprop
-from locoprop_optax._utils.hyperparams import ScalarOrSchedule, at
+from locoprop_optax._utils.hyperparams import ScalarOrSchedule, at, check_count
 
 
 def locoprop(
@@ -20,8 +20,7 @@ def locoprop(
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
     trust_region: TrustRegion | None = TrustRegion(),
-    refresh_every: int = 8,
-    measure_every: int = 4,
+    refresh_every: int | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
     fallback: optax.GradientTransformation | None = None,
     stack_layers: bool | str | None = None,
@@ -55,9 +54,8 @@ def locoprop(
         another `least_loss`. None follows the model wherever it leads. Default:
         `TrustRegion()`.
       refresh_every: the number of steps from one to the next that makes curvature and
-        inverses anew, as in `scale_by_locoprop`. Default: 8.
-      measure_every: the number of steps from one to the next that measures step size
-        and momentum, as in `scale_by_quadratic_model`. Default: 4.
+        inverses anew, as in `scale_by_locoprop`; step size and momentum are measured
+        twice as often. Default: 8.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
       fallback: a complete optimizer for all parameters that are no layers, and for
         tables that are looked up. Default: `optax.adamw(1e-2)`.
@@ -100,6 +98,8 @@ def locoprop(
       <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
       solver, and putting them together, are ours.
     """
+    refresh_every = 8 if refresh_every is None else refresh_every
+    check_count("refresh_every", refresh_every)
     usual_target = targets.natural_gradient(1.0, damping=0.75, decay=0.8)
     usual_solver = solvers.majorized_newton(1, damping=0.3, ema=0.8)
 
@@ -124,7 +124,7 @@ def locoprop(
             damping=0.0,
             damping_decay=1.0,
             average_decay=0.9,
-            measure_every=measure_every,
+            measure_every=max(1, refresh_every // 2),
             trust_region=trust_region,
         ),
         optax.add_decayed_weights(decay),
