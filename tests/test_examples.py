@@ -15,7 +15,7 @@ SCRIPTS = {
 }
 
 
-FURTHER = ("resnet_nnx", "transformer_linen", "gan")
+FURTHER = ("resnet_nnx", "transformer_linen", "vae", "gan")
 
 
 @pytest.mark.parametrize(

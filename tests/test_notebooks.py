@@ -8,8 +8,17 @@ from notebooks import execute
 NOTEBOOKS = sorted(execute.FOLDER.glob("*.ipynb"))
 
 
+FIRST = ("quickstart", "compose_with_optax", "nnx")
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_notebook_runs(name):
+    execute.executed(execute.FOLDER / f"{name}.ipynb", small=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path):
+def test_all_notebooks_run(path):
     execute.executed(path, small=True)
 
 

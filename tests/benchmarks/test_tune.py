@@ -10,6 +10,7 @@ from benchmarks.contestants import CONTESTANTS, Choice
 from benchmarks.networks import Autoencoder
 from benchmarks.problem import make_task
 from benchmarks.training import start
+from tests.helpers import slow
 
 SMALL = ["--train-size", "40", "--batch-size", "20", "--width", "0.01", "--steps", "4"]
 
@@ -22,7 +23,11 @@ def small_task(steps=3):
     return make_task(problem, steps=steps, batch_size=20, seed=0)
 
 
-@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.peer is None])
+FEW = ("adam", "muon", "lbfgs", "curveball", "locoprop_m", "locoprop_and_adamw")
+OWN = [name for name, contestant in CONTESTANTS.items() if contestant.peer is None]
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else slow(n) for n in OWN])
 def test_every_contestant_of_this_process_trains(name):
     with start(name, small_task()) as trainer:
         before = trainer.evaluate()
