@@ -11,7 +11,7 @@ import pytest
 from optax import contrib
 
 import locoprop_optax as loco
-from tests.helpers import regression, train_step
+from tests.helpers import regression, slow, train_step
 
 LOSS, PARAMS, BATCH = regression()
 LAYERS = loco.layers(LOSS)(PARAMS, BATCH)
@@ -124,7 +124,10 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL)
+FEW = ("chain", "partition", "apply_if_finite", "with_extra_args_support")
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else slow(n) for n in EQUAL])
 def test_equals_a_loop_by_hand(name):
     tx, change = EQUAL[name]
     chex.assert_trees_all_close(train(tx)[0], by_hand(change), rtol=2e-4, atol=1e-5)

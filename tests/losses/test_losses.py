@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import locoprop_optax as loco
-from tests.helpers import TRANSFERS
+from tests.helpers import MAIN_TRANSFERS, TRANSFERS, slow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -16,6 +16,11 @@ def having(part):
     """The names of the transfer functions of which a part is known."""
     known = loco.losses.known_transfers()
     return [name for name in TRANSFERS if getattr(known[name], part) is not None]
+
+
+def mainly(names):
+    """The names, those of less usual transfer functions for `pytest -m slow`."""
+    return [name if name in MAIN_TRANSFERS else slow(name) for name in names]
 
 
 STABLE = [name for name in having("divergence") if name != "exp"]
@@ -28,7 +33,7 @@ rows = hnp.arrays(
 )
 
 
-@pytest.mark.parametrize("name", having("potential"))
+@pytest.mark.parametrize("name", mainly(having("potential")))
 @given(a=rows)
 def test_potential_has_the_transfer_as_its_gradient(name, a):
     transfer, h = loco.losses.as_transfer(name), 1e-4
@@ -41,7 +46,7 @@ def test_potential_has_the_transfer_as_its_gradient(name, a):
         np.testing.assert_allclose(rise / (2 * h), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", having("conjugate"))
+@pytest.mark.parametrize("name", mainly(having("conjugate")))
 @given(a=rows, seed=st.integers(0, 99))
 def test_matching_loss_is_a_divergence(name, a, seed):
     transfer = loco.losses.as_transfer(name)
@@ -53,7 +58,7 @@ def test_matching_loss_is_a_divergence(name, a, seed):
     np.testing.assert_allclose(gradient, loss.gradient(a, loss.output(b)), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", having("derivative_bound"))
+@pytest.mark.parametrize("name", mainly(having("derivative_bound")))
 @given(a=rows)
 def test_derivative_bound(name, a):
     transfer = loco.losses.as_transfer(name)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import regression, train_step
+from tests.helpers import regression, slow, train_step
 
 SHARDS, OPTIMIZERS = (
     4,
@@ -24,7 +24,7 @@ SHARDS, OPTIMIZERS = (
 )
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.fixture(params=[AxisType.Auto, slow(AxisType.Explicit)])
 def mesh(request):
     return jax.make_mesh((SHARDS,), ("data",), axis_types=(request.param,))
 
