@@ -34,10 +34,12 @@ def check_state(saved: Any, expected: Any) -> None:
       Restore it with those that it was saved with, or begin anew.
     """
     found, wanted = _forms(saved), _forms(expected)
+    # Parameters first, which are nested least: they explain what the state lacks.
+    paths = sorted(found.keys() | wanted.keys(), key=lambda p: (p.count("/"), p))
     differences = [
         f"- {path}: saved as {found.get(path, 'nothing')}, "
         f"expected {wanted.get(path, 'nothing')}"
-        for path in sorted(found.keys() | wanted.keys())
+        for path in paths
         if found.get(path) != wanted.get(path)
     ]
     if not differences:
