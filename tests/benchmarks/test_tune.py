@@ -1,6 +1,8 @@
 import json
 import math
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
@@ -10,8 +12,9 @@ from benchmarks.contestants import CONTESTANTS, Choice
 from benchmarks.networks import Autoencoder
 from benchmarks.problem import make_task
 from benchmarks.training import start
-from tests.helpers import slow
+from tests.helpers import layers_for, slow
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL = ["--train-size", "40", "--batch-size", "20", "--width", "0.01", "--steps", "4"]
 
 
@@ -55,6 +58,17 @@ def test_what_is_tried_first_lies_in_the_space(name):
             assert range_.first in range_.values
         else:
             assert 0 < range_.low <= range_.first <= range_.high
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("tuned_*.json")), ids=lambda path: path.stem
+)
+def test_what_was_tuned_can_be_set(path):
+    layers = layers_for({"layer": {"kernel": jnp.ones((3, 2))}})
+    for name, tuned in json.loads(path.read_text()).items():
+        contestant = CONTESTANTS[name]
+        captures = "intermediates" in contestant.needs
+        contestant.made(10, tuned["settings"], layers if captures else None)
 
 
 @pytest.mark.slow
