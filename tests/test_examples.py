@@ -5,6 +5,8 @@ import importlib
 import numpy as np
 import pytest
 
+from tests.helpers import slow
+
 SCRIPTS = {
     "resnet_linen": 4,
     "resnet_nnx": 4,
@@ -18,10 +20,7 @@ SCRIPTS = {
 FURTHER = ("resnet_nnx", "transformer_linen", "vae", "gan")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in FURTHER else n for n in SCRIPTS],
-)
+@pytest.mark.parametrize("name", [slow(n) if n in FURTHER else n for n in SCRIPTS])
 def test_example(name, capsys):
     main = importlib.import_module(f"examples.{name}").main
     outcomes = main(["--steps=12", "--batch-size=16", f"--width={SCRIPTS[name]}"])

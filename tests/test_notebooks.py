@@ -4,6 +4,7 @@ import nbformat
 import pytest
 
 from notebooks import execute
+from tests.helpers import slow
 
 NOTEBOOKS = sorted(execute.FOLDER.glob("*.ipynb"))
 
@@ -11,14 +12,12 @@ NOTEBOOKS = sorted(execute.FOLDER.glob("*.ipynb"))
 FIRST = ("quickstart", "compose_with_optax", "nnx")
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_a_notebook_runs(name):
-    execute.executed(execute.FOLDER / f"{name}.ipynb", small=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_all_notebooks_run(path):
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in FIRST else slow(path) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
+def test_a_notebook_runs(path):
     execute.executed(path, small=True)
 
 
