@@ -137,6 +137,10 @@ class PlaneModel(NamedTuple):
             slopes = jnp.stack([inner(gradient, along) for along in (d, z)])
         return cls(jnp.zeros((2, 2), dtype), slopes)
 
+    def astype(self, dtype: Any) -> PlaneModel:
+        """The model in another dtype."""
+        return PlaneModel(self.matrix.astype(dtype), self.slopes.astype(dtype))
+
     def slope(self, beta: Array, rho: Array) -> Array:
         """The gradient's slope along a step."""
         return jnp.stack([-beta, rho]) @ self.slopes

@@ -302,7 +302,7 @@ def minimize_along(
 
         def measured():
             found = on_the_plane(near.linearize(), near.gradient, d, z, strength)
-            model = jax.tree.map(lambda leaf: leaf.astype(dtype), found)
+            model = found.astype(dtype)
             beta, rho = (
                 None if fixed is None else jnp.asarray(at(fixed, state.count))
                 for fixed in (step_size, momentum)
@@ -318,10 +318,9 @@ def minimize_along(
             return beta.astype(dtype), rho.astype(dtype), model, average
 
         def as_before():
-            found = PlaneModel.flat(near.gradient, d, z)
-            model = jax.tree.map(lambda leaf: leaf.astype(dtype), found)
-            last = (state.step_size, state.momentum)
-            return *(number.astype(dtype) for number in last), model, state.average
+            model = PlaneModel.flat(near.gradient, d, z).astype(dtype)
+            beta, rho = state.step_size.astype(dtype), state.momentum.astype(dtype)
+            return beta, rho, model, state.average
 
         beta, rho, model, average = every(
             measure_every, state.count, measured, as_before

@@ -165,8 +165,19 @@ def scale_by_locoprop(
             mesh_axis=mesh_axis,
         )
 
-    def posed(grouped, local, state):
-        """All local problems, and the targets' states after them."""
+    def refresh_targets(records, state):
+        """What the targets know of the curvature, made anew."""
+        grouped = group(records)
+
+        def refresh_layer(layer, target_state):
+            local_loss = loss(layer.transfer)
+            return target.refresh(layer, local_loss, target_state, state.count)
+
+        return grouped.map(refresh_layer, grouped.like(state.target)).to_layers()
+
+    def solve(records, local, state):
+        """The directions, and the state after them."""
+        grouped = group(records)
 
         def pose_layer(layer, layer_params, target_state):
             return pose(
@@ -180,31 +191,18 @@ def scale_by_locoprop(
                 with_penalty=solver.scales_gradient,
             )
 
-        known = grouped.like(local), grouped.like(state.target)
-        return grouped.map(pose_layer, *known).unzip()
-
-    def refresh(records, local, state):
-        """What target and solver know of the curvature, made anew."""
-        grouped = group(records)
-
-        def refresh_layer(layer, target_state):
-            local_loss = loss(layer.transfer)
-            return target.refresh(layer, local_loss, target_state, state.count)
-
-        targets = grouped.map(refresh_layer, grouped.like(state.target)).to_layers()
-        problems, _ = posed(grouped, local, state._replace(target=targets))
+        posed, target_states = grouped.map(
+            pose_layer, grouped.like(local), grouped.like(state.target)
+        ).unzip()
+        problems = LocalProblems(posed)
         with at_precision():
-            known = solver.refresh(LocalProblems(problems), state.solver, state.count)
-        return targets, known
-
-    def solve(records, local, state):
-        """The directions, and the state after them."""
-        grouped = group(records)
-        problems, target_states = posed(grouped, local, state)
-        with at_precision():
-            step, solver_state = solver.solve(
-                LocalProblems(problems), state.solver, state.count
+            known = every(
+                refresh_every,
+                state.count,
+                lambda: solver.refresh(problems, state.solver, state.count),
+                lambda: state.solver,
             )
+            step, solver_state = solver.solve(problems, known, state.count)
 
         def penalty_of(record, name):
             """The gradient of penalties, where the problems know nothing of them."""
@@ -221,7 +219,7 @@ def scale_by_locoprop(
         }
         shown = state.diagnostics
         if diagnostics:
-            seen = grouped.map(diagnose, problems, grouped.like(step)).to_layers()
+            seen = grouped.map(diagnose, posed, grouped.like(step)).to_layers()
             shown = {path: mean_over_stacks(s) for path, s in seen.items()}
         return directions, ScaleByLocoPropState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -242,18 +240,14 @@ def scale_by_locoprop(
         if not local:
             return updates, state
 
-        def known_anew():
+        def targets_anew():
             seen = records
             if target.samples and isinstance(intermediates, Intermediates):
                 seen = match_layers(intermediates.sampled(), params, layers)
-            known = (state.target, state.solver)
-            return sharded_by_compiler(refresh, like=known)(seen, local, state)
+            return sharded_by_compiler(refresh_targets, like=state.target)(seen, state)
 
-        def as_before():
-            return state.target, state.solver
-
-        known = every(refresh_every, state.count, known_anew, as_before)
-        state = state._replace(target=known[0], solver=known[1])
+        known = every(refresh_every, state.count, targets_anew, lambda: state.target)
+        state = state._replace(target=known)
         directions, state = sharded_by_compiler(solve, like=(local, state))(
             records, local, state
         )

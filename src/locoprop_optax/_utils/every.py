@@ -17,9 +17,8 @@ def interval(most: int, count: Int[Array, ""]) -> Int[Array, ""]:
     It is at most an eighth of the steps so far, since much changes when training
     begins.
     """
-    doublings = jnp.asarray([2**k for k in range(most.bit_length())], count.dtype)
-    reached = jnp.sum(doublings * FRACTION <= count)
-    return jnp.minimum(most, 2 ** jnp.maximum(reached - 1, 0).astype(count.dtype))
+    longer = 2 ** jnp.arange(1, most.bit_length(), dtype=count.dtype)
+    return 2 ** jnp.sum(FRACTION * longer <= count)
 
 
 def is_due(most: int, count: Int[Array, ""]) -> Bool[Array, ""]:

@@ -33,7 +33,7 @@ def clipped(target: Target) -> Target:
         goal = loss.project(start - displacement.outputs)
         return Displacement(start - goal), state
 
-    return Target(target.init, update, target.refresh, target.samples)
+    return target._replace(update=update)
 
 
 def momentum(target: Target, decay: float = 0.9) -> Target:
