@@ -246,8 +246,11 @@ def scale_by_locoprop(
                 seen = match_layers(intermediates.sampled(), params, layers)
             return sharded_by_compiler(refresh_targets, like=state.target)(seen, state)
 
-        known = every(refresh_every, state.count, targets_anew, lambda: state.target)
-        state = state._replace(target=known)
+        if jax.tree.leaves(state.target):  # most targets remember nothing
+            known = every(
+                refresh_every, state.count, targets_anew, lambda: state.target
+            )
+            state = state._replace(target=known)
         directions, state = sharded_by_compiler(solve, like=(local, state))(
             records, local, state
         )
