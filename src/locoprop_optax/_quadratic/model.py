@@ -344,7 +344,7 @@ def minimize_along(
         def expected(share):
             return model.change(share * whole * rate, beta, rho)
 
-        finite = all_finite((moved, model, value))
+        finite = all_finite((model, value))  # its slopes hold the direction
         first = first_share(state.share)
         now = is_due(measure_every, state.count)
         compared = now & (state.count % adapt_every == 0)

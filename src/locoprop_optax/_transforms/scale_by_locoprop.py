@@ -19,6 +19,7 @@ from locoprop_optax._transforms.diagnostics import (
     mean_over_stacks,
     no_diagnostics,
 )
+from locoprop_optax._transforms.keep_finite import all_finite
 from locoprop_optax._utils.every import every
 from locoprop_optax._utils.hyperparams import check_count
 from locoprop_optax._utils.sharding import (
@@ -165,6 +166,15 @@ def scale_by_locoprop(
             mesh_axis=mesh_axis,
         )
 
+    def refreshed(make, before, count):
+        """What is made anew when it is due, and whether that is finite."""
+
+        def anew():
+            made = make()
+            return made, all_finite(made)
+
+        return every(refresh_every, count, anew, lambda: (before, jnp.asarray(True)))
+
     def refresh_targets(records, state):
         """What the targets know of the curvature, made anew."""
         grouped = group(records)
@@ -175,8 +185,8 @@ def scale_by_locoprop(
 
         return grouped.map(refresh_layer, grouped.like(state.target)).to_layers()
 
-    def solve(records, local, state):
-        """The directions, and the state after them."""
+    def solve(records, local, state, targets_are_finite):
+        """The directions, not finite if the state is not, and the state after them."""
         grouped = group(records)
 
         def pose_layer(layer, layer_params, target_state):
@@ -196,11 +206,10 @@ def scale_by_locoprop(
         ).unzip()
         problems = LocalProblems(posed)
         with at_precision():
-            known = every(
-                refresh_every,
-                state.count,
+            known, solver_is_finite = refreshed(
                 lambda: solver.refresh(problems, state.solver, state.count),
-                lambda: state.solver,
+                state.solver,
+                state.count,
             )
             step, solver_state = solver.solve(problems, known, state.count)
 
@@ -210,9 +219,12 @@ def scale_by_locoprop(
                 return 0.0
             return record.penalty[name]
 
+        whole = jnp.where(targets_are_finite & solver_is_finite, 1.0, jnp.nan)
         directions = {
             path: {
-                n: (penalty_of(records[path], n) - step[path][n]).astype(p.dtype)
+                n: (penalty_of(records[path], n) - whole * step[path][n]).astype(
+                    p.dtype
+                )
                 for n, p in part.items()
             }
             for path, part in local.items()
@@ -246,13 +258,12 @@ def scale_by_locoprop(
                 seen = match_layers(intermediates.sampled(), params, layers)
             return sharded_by_compiler(refresh_targets, like=state.target)(seen, state)
 
+        are_finite = jnp.asarray(True)
         if jax.tree.leaves(state.target):  # most targets remember nothing
-            known = every(
-                refresh_every, state.count, targets_anew, lambda: state.target
-            )
+            known, are_finite = refreshed(targets_anew, state.target, state.count)
             state = state._replace(target=known)
         directions, state = sharded_by_compiler(solve, like=(local, state))(
-            records, local, state
+            records, local, state, are_finite
         )
         return layers.merge(updates, directions), state
 

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 T = TypeVar("T")
@@ -17,8 +18,9 @@ def interval(most: int, count: Int[Array, ""]) -> Int[Array, ""]:
     It is at most an eighth of the steps so far, since much changes when training
     begins.
     """
-    longer = 2 ** jnp.arange(1, most.bit_length(), dtype=count.dtype)
-    return 2 ** jnp.sum(FRACTION * longer <= count)
+    longer = 2 ** np.arange(1, most.bit_length())
+    doublings = jnp.sum(FRACTION * longer <= count, dtype=count.dtype)
+    return jnp.left_shift(1, doublings)
 
 
 def is_due(most: int, count: Int[Array, ""]) -> Bool[Array, ""]:
