@@ -77,7 +77,7 @@ def capture(loss_fn, **options):
     def loss_grads_and_intermediates(params, *args, **kwargs):
         layers = loco.layers(loss_fn, **options)(params, *args, **kwargs)
         differentiate = loco.value_and_grad(loss_fn, layers, has_aux=has_aux)
-        return differentiate(params, *args, **kwargs)
+        return jax.jit(differentiate)(params, *args, **kwargs)
 
     return loss_grads_and_intermediates
 
@@ -100,9 +100,15 @@ def update_of(make, loss_fn, params, *batch, key=None, **options):
     """The first update of an optimizer that is made of a loss's layers."""
     layers = loco.layers(loss_fn, **options)(params, *batch)
     capture = loco.value_and_grad(loss_fn, layers, key=key)
-    _, grads, intermediates = capture(params, *batch)
     tx = make(layers)
-    return tx.update(grads, tx.init(params), params, intermediates=intermediates)[0]
+
+    @jax.jit
+    def update(params, *batch):
+        _, grads, intermediates = capture(params, *batch)
+        state = tx.init(params)
+        return tx.update(grads, state, params, intermediates=intermediates)[0]
+
+    return update(params, *batch)
 
 
 def kfac(layers, damping=0.0):
@@ -178,7 +184,9 @@ def solved(make, params, layer):
     tx = make(layers_for(tree))
     intermediates = loco.Intermediates({"layer/kernel": layer})
     grads = {"layer": dict(layer.gradient)}
-    updates, _ = tx.update(grads, tx.init(tree), tree, intermediates=intermediates)
+    updates, _ = jax.jit(tx.update)(
+        grads, tx.init(tree), tree, intermediates=intermediates
+    )
     return updates["layer"]
 
 

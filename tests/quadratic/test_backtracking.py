@@ -1,6 +1,6 @@
 """How much of a step is taken."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import flax.linen as nn
@@ -20,7 +20,7 @@ from locoprop_optax._quadratic.backtracking import (
     first_share,
     in_doubt,
 )
-from tests.helpers import train_step
+from tests.helpers import regression, train_step
 
 
 def chosen(change, *, share=1.0, looks=True, halves=True, value=0.0):
@@ -111,28 +111,32 @@ class DeepAutoencoder(nn.Module):
         return nn.Dense(64)(x)
 
 
+def autoencoder_loss(params, x):
+    logits = DeepAutoencoder().apply(params, x)
+    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), axis=-1))
+
+
 def deep_autoencoder(seed):
-    """A loss, parameters and a batch of waves with four directions."""
+    """Parameters and a batch of waves with four directions."""
     keys = jax.random.split(jax.random.key(seed))
     codes = jax.random.normal(keys[0], (128, 4))
     x = jax.nn.sigmoid(3 * jnp.sin(codes @ jax.random.normal(keys[1], (4, 64))))
-    model = DeepAutoencoder()
+    return DeepAutoencoder().init(jax.random.key(seed + 1), x), x
 
-    def loss_fn(params, x):
-        losses = optax.sigmoid_binary_cross_entropy(model.apply(params, x), x)
-        return jnp.mean(jnp.sum(losses, axis=-1))
 
-    return loss_fn, model.init(jax.random.key(seed + 1), x), x
+@cache
+def autoencoder_step():
+    layers = loco.layers(autoencoder_loss)(*deep_autoencoder(0))
+    tx = loco.locoprop(layers)
+    return tx, jax.jit(train_step(autoencoder_loss, layers, tx))
 
 
 @pytest.mark.parametrize("seed", [0, 2])
 def test_locoprop_does_not_diverge_where_its_model_does_not_hold(seed):
     """Whole steps lead to a loss of millions, then to none that is finite."""
-    loss_fn, params, x = deep_autoencoder(seed)
-    layers = loco.layers(loss_fn)(params, x)
-    tx = loco.locoprop(layers)
-    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
-    losses, shares = [], []
+    params, x = deep_autoencoder(seed)
+    tx, step = autoencoder_step()
+    state, losses, shares = tx.init(params), [], []
     for _ in range(20):
         params, state, loss = step(params, state, x)
         losses.append(float(loss))
@@ -164,22 +168,21 @@ def test_a_linear_model_is_solved_in_whole_steps():
 
 
 def test_a_batch_that_is_not_finite_leaves_the_share():
-    loss_fn, params, x = deep_autoencoder(0)
+    loss_fn, params, (x, y) = regression()
     tx = loco.scale_by_quadratic_model(damping=0.0, damping_decay=1.0)
     state = optax.tree.set(tx.init(params), share=jnp.asarray(0.3))
-    layers = loco.layers(loss_fn)(params, x)
-    capture = jax.jit(loco.value_and_grad(loss_fn, layers))
-    _, grads, intermediates = capture(params, x.at[0, 0].set(jnp.nan))
-    updates, state = tx.update(grads, state, params, intermediates=intermediates)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    layers = loco.layers(loss_fn)(params, (x, y))
+    step = jax.jit(train_step(loss_fn, layers, tx))
+    moved, state, _ = step(params, state, (x.at[0, 0].set(jnp.nan), y))
+    chex.assert_trees_all_equal(moved, params)
     assert state.skipped_steps == 1
     np.testing.assert_allclose(state.inner_state.share, 0.3)
 
 
 def test_damping_grows_after_a_step_that_was_shortened():
     """Though the loss falls after what is left of it; all is in the intermediates."""
-    loss_fn, params, x = deep_autoencoder(0)
-    layers = loco.layers(loss_fn)(params, x)
+    params, x = deep_autoencoder(0)
+    layers = loco.layers(autoencoder_loss)(params, x)
     tx = optax.chain(
         loco.scale_by_locoprop(
             layers,
@@ -193,7 +196,8 @@ def test_damping_grows_after_a_step_that_was_shortened():
             trust_region=loco.TrustRegion(max_relative_step=10.0),
         ),
     )
-    step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
+    step = jax.jit(train_step(autoencoder_loss, layers, tx))
+    state = tx.init(params)
     seen = []
     for _ in range(2):
         params, state, _ = step(params, state, x)
@@ -205,15 +209,15 @@ def test_damping_grows_after_a_step_that_was_shortened():
 
 
 def test_a_rate_of_zero_and_an_ensemble_keep_whole_steps():
-    loss_fn, params, x = deep_autoencoder(1)
-    layers = loco.layers(loss_fn)(params, x)
+    loss_fn, params, batch = regression()
+    layers = loco.layers(loss_fn)(params, batch)
     tx = loco.locoprop(layers, lambda count: jnp.where(count < 3, 0.1, 0.0))
     step = jax.jit(jax.vmap(train_step(loss_fn, layers, tx), (0, 0, None)))
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     state = jax.vmap(tx.init)(both)
     for _ in range(7):
         before = both
-        both, state, loss = step(both, state, x)
+        both, state, loss = step(both, state, batch)
         np.testing.assert_allclose(loss[0], loss[1], rtol=1e-5)
     chex.assert_trees_all_equal(before, both)
     np.testing.assert_array_equal(optax.tree.get(state, "share"), [1.0, 1.0])

@@ -1,5 +1,7 @@
 """How far the quadratic model of a batch's loss is followed."""
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 import locoprop_optax as loco
 from locoprop_optax._quadratic.linearization import PlaneModel
 from locoprop_optax._quadratic.trust_region import above_least, relative_length
-from tests.helpers import train_step
+from tests.helpers import train_step, update_of
 
 
 def model_of(seed, scale=1.0):
@@ -181,16 +183,12 @@ def test_penalties_do_not_go_through_the_inverse():
 
     steps = []
     for function in (loss_fn, penalized):
-        layers = loco.layers(function)(small, batch)
-        tx = loco.scale_by_locoprop(
-            layers,
+        make = partial(
+            loco.scale_by_locoprop,
             target=loco.targets.natural_gradient(1.0, 0.5),
             solver=loco.solvers.majorized_newton(1, 0.3),
         )
-        _, grads, intermediates = loco.value_and_grad(function, layers)(small, batch)
-        steps.append(
-            tx.update(grads, tx.init(small), small, intermediates=intermediates)[0]
-        )
+        steps.append(update_of(make, function, small, batch))
     plain, both = steps
     expected = jax.tree.map(lambda step, p: step + 0.02 * p, plain, small)
     size = optax.tree.norm(plain)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from locoprop_optax._records.fits import check_layers
 from locoprop_optax._records.intermediates import Intermediates
 from locoprop_optax._records.layers import Layers
-from locoprop_optax._trace.collect import collect, run_recorded, uses_of
+from locoprop_optax._trace.collect import collect, go_back, run_forward, uses_of
+from locoprop_optax._trace.cut_loss import cut_of
 from locoprop_optax._trace.gauss_newton import GaussNewton
 from locoprop_optax._trace.trace import trace
 
@@ -62,13 +64,22 @@ def value_and_grad(
     def loss_grads_and_intermediates(params, *args, **kwargs):
         traced, arrays = trace(loss_fn, has_aux, params, args, kwargs)
         uses = uses_of(traced, layers)
-        result, gradient, records, cotangents = run_recorded(traced, uses, arrays)
-        grads = jax.tree.unflatten(jax.tree.structure(params), gradient)
-        model = GaussNewton(arrays, result[0], gradient, key, traced, layers)
-        collected = collect(
-            traced, layers, uses, params, grads, model.penalties, records, cotangents
+        there = run_forward(traced, uses, arrays, cut_of(traced, layers).values)
+        leaves, structure = jax.tree.flatten(params)
+        one, nothing = (
+            jnp.ones_like(there.loss),
+            jax.tree.map(jnp.zeros_like, there.values),
         )
-        value = jax.tree.unflatten(traced.returned, result)
+        gradient, cotangents = go_back(there.jvp, leaves, uses, one, nothing)
+        grads = jax.tree.unflatten(structure, gradient)
+        model = GaussNewton(
+            arrays, there.loss, gradient, there.values, there.jvp, key, traced, layers
+        )
+        collected = collect(
+            *(traced, layers, uses, params, grads, model.penalties),
+            *(there.records, cotangents),
+        )
+        value = jax.tree.unflatten(traced.returned, there.result)
         return value, grads, Intermediates(collected, model)
 
     return loss_grads_and_intermediates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._records.layers import Layer, Layers
 from locoprop_optax._records.linear_maps import LayerParams
 from locoprop_optax._trace.find import layer_of, own_uses
+from locoprop_optax._trace.graph import Position
 from locoprop_optax._trace.interpreter import (
     Places,
     Record,
-    Seeds,
+    Wanted,
     interpret,
     no_perturbations,
     places_of,
@@ -70,47 +71,79 @@ def _in_words(layer: Layer | None) -> str:
     return f"a {layer.linear_map} with a kernel of shape {kernel} and {bias}"
 
 
-def run_recorded(
-    traced: Trace, uses: Uses, arrays: Sequence[Any], seeds: Places | None = None
-) -> tuple[list[Any], list[Any], Places, Places]:
-    """Runs a loss forward and backward.
+class Forward(NamedTuple):
+    """A pass forward through a loss, and its derivative.
 
-    Returns:
-      What the loss function returned, its gradients, the records of all uses, and
-      their cotangents.
+    Attributes:
+      loss: the scalar.
+      result: what the loss function returned.
+      records: of all uses.
+      values: those that were asked for, in order.
+      jvp: from changes of the parameters' leaves and of the results of all uses to
+        those of the loss and of the values.
+    """
+
+    loss: Any
+    result: list[Any]
+    records: Places
+    values: list[Any]
+    jvp: Callable[..., Any]
+
+
+def run_forward(
+    traced: Trace,
+    uses: Uses,
+    arrays: Sequence[Any],
+    wanted: Sequence[tuple[Position, int]],
+) -> Forward:
+    """Runs a loss forward.
+
+    Args:
+      traced: the loss.
+      uses: of its layers.
+      arrays: what it takes.
+      wanted: the values that are asked for: where the equations that make them stand,
+        and which of the results they are.
     """
     count = len(traced.paths)
-    everything = [use for own in uses.values() for use in own]
-    places = places_of({use.position: use for use in everything})
+    results: dict[Position, tuple[int, ...]] = {}
+    for position, result in wanted:
+        results[position] = (*results.get(position, ()), result)
+    marks = places_of({position: Wanted(some) for position, some in results.items()})
+    places = places_of({use.position: use for own in uses.values() for use in own})
 
     def run(leaves, perturbations):
-        (loss, *result), records = interpret(
-            traced.closed, places, [*leaves, *arrays[count:]], perturbations, seeds
+        operands = [*leaves, *arrays[count:]]
+        (loss, *result), records, found = interpret(
+            traced.closed, places, operands, perturbations, marks
         )
-        return loss, (result, records)
+        values = [value_at(found, position)[at] for position, at in wanted]
+        return (loss, values), (result, records)
 
-    differentiate = jax.value_and_grad(run, (0, 1), has_aux=True)
-    (_, (result, records)), (grads, cotangents) = differentiate(
-        list(arrays[:count]), no_perturbations(everything)
+    (loss, values), jvp, (result, records) = jax.linearize(
+        run, list(arrays[:count]), not_perturbed(uses), has_aux=True
     )
-    return result, grads, records, cotangents
+    return Forward(loss, result, records, values, jvp)
 
 
-def cotangents_of(
-    traced: Trace, layers: Layers, arrays: Sequence[Any], seeds: Mapping[int, Any]
-) -> dict[str, jax.Array]:
-    """The cotangents of all layers if others go back from some values of the graph."""
-    by_position: dict[tuple[int, ...], Seeds] = {}
-    for number, seed in seeds.items():
-        position, result = traced.graph.place_of(number)
-        known = by_position.setdefault(position, Seeds({}))
-        known.of_results[result] = seed.astype(traced.graph.avals[number].dtype)
-    uses = uses_of(traced, layers)
-    *_, cotangents = run_recorded(traced, uses, arrays, places_of(by_position))
-    return {
-        layer.path: joined_cotangents(layer, uses[layer.path], cotangents)
-        for layer in layers
-    }
+def go_back(
+    jvp: Callable[..., Any], leaves: Sequence[Any], uses: Uses, *cotangents: Any
+) -> tuple[list[Any], Places]:
+    """The cotangents of the parameters' leaves and of the results of all uses.
+
+    Args:
+      jvp: from `run_forward`.
+      leaves: of the parameters.
+      uses: of the layers.
+      *cotangents: of the loss, and of the values that were asked for.
+    """
+    transposed = jax.linear_transpose(jvp, list(leaves), not_perturbed(uses))
+    return transposed(cotangents)
+
+
+def not_perturbed(uses: Uses) -> Places:
+    """No change of the results of all uses."""
+    return no_perturbations(use for own in uses.values() for use in own)
 
 
 def joined_cotangents(

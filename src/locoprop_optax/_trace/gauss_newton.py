@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from locoprop_optax._quadratic.linearization import Linearization
-from locoprop_optax._records.layers import Cut, Layers
+from locoprop_optax._records.layers import Layers
 from locoprop_optax._records.paths import by_path, is_masked, map_by_path
-from locoprop_optax._trace.collect import cotangents_of
-from locoprop_optax._trace.graph import Graph, is_number, run
-from locoprop_optax._trace.loss import tail_of
+from locoprop_optax._trace.collect import (
+    go_back,
+    joined_cotangents,
+    not_perturbed,
+    uses_of,
+)
+from locoprop_optax._trace.cut_loss import CutLoss, cut_of
 from locoprop_optax._trace.trace import Trace
 from locoprop_optax._utils.dtypes import at_least_float32
-from locoprop_optax._utils.sharding import placed_like
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +33,10 @@ class GaussNewton:
       arrays: the parameters' leaves, then all other arrays that the trace takes.
       value: the loss.
       gradient: of the loss in the parameters' leaves.
+      values: those at the cut.
+      derivative: from changes of the leaves and of the results of all uses of layers to
+        those of the loss and of the values at the cut; linearized in the pass whose
+        gradient was taken.
       key: for sampled cotangents; None to take one from the bits of the arguments.
       traced: the trace.
       layers: the layers.
@@ -38,6 +45,8 @@ class GaussNewton:
     arrays: list[Any]
     value: Any
     gradient: list[Any]
+    values: list[Any]
+    derivative: Callable[..., Any]
     key: Any
     traced: Trace = field(metadata={"static": True})
     layers: Layers = field(metadata={"static": True})
@@ -47,8 +56,8 @@ class GaussNewton:
 
         Parameters that an outer transformation masks do not change.
         """
-        traced = self.traced
         leaves, loss = self._leaves_and_loss()
+        uses = uses_of(self.traced, self.layers)
 
         def whole(change):
             """The change of all leaves."""
@@ -57,21 +66,20 @@ class GaussNewton:
             }
             return [
                 held[path].astype(leaf.dtype) if path in held else jnp.zeros_like(leaf)
-                for path, leaf in zip(traced.paths, leaves, strict=True)
+                for path, leaf in zip(self.traced.paths, leaves, strict=True)
             ]
 
-        values, forward = jax.linearize(loss.values, leaves)
-        loss_gradient, hvp = jax.linearize(jax.grad(loss.behind), values)
-
         def jvp(change):
-            return forward(whole(change))
+            changes = whole(change)
+            return loss.values(changes, *self.derivative(changes, not_perturbed(uses)))
 
         def loss_at(change):
             moved: Any = optax.apply_updates(leaves, whole(change))
-            return loss.behind(loss.values(moved))
+            return loss.behind(loss.values_at(moved))
 
+        loss_gradient, hvp = jax.linearize(jax.grad(loss.behind), self._values())
         return Linearization(
-            value=loss.behind(loss.values(leaves)),  # computed as `loss_at` does
+            value=at_least_float32(self.value),
             loss_gradient=loss_gradient,
             jvp=jvp,
             vjp=lambda cotangents: jax.linear_transpose(jvp, params)(cotangents)[0],
@@ -97,152 +105,34 @@ class GaussNewton:
             return None
         if not cut.params:
             return {}
-        found = jax.grad(loss.behind)(loss.values(leaves))
+        found = jax.grad(loss.behind)(self._values())
         return {
             self.traced.paths[at]: gradient.astype(leaves[at].dtype)
             for at, gradient in zip(cut.params, found[len(cut.values) :], strict=True)
         }
-
-    def _leaves_and_loss(self) -> tuple[list[Any], _CutLoss]:
-        count = len(self.traced.paths)
-        rest = self.arrays[count:]
-        return self.arrays[:count], _CutLoss(self.traced.graph, self._cut(), rest)
-
-    def _cut(self) -> Cut:
-        """Where the loss is cut: where it was when its layers were found."""
-        known, traced = self.layers.cut, self.traced
-        same = known.equations == len(traced.graph.equations)
-        return known if same else traced.cut()
 
     def sampled_cotangents(self) -> list[dict[str, jax.Array]]:
         """The cotangents of each layer for sampled labels; none without curvature."""
         leaves, loss = self._leaves_and_loss()
         if not loss.cut.values:
             return []
-        seeds = loss.sample(leaves, self.key)
-        return [cotangents_of(self.traced, self.layers, self.arrays, seeds)]
+        seeds = loss.sample(self._values(), self.key)
+        uses = uses_of(self.traced, self.layers)
+        nothing = jnp.zeros_like(self.value)
+        drawn = [s.astype(v.dtype) for s, v in zip(seeds, self.values, strict=True)]
+        _, cotangents = go_back(self.derivative, leaves, uses, nothing, drawn)
+        return [
+            {
+                layer.path: joined_cotangents(layer, uses[layer.path], cotangents)
+                for layer in self.layers
+            }
+        ]
 
+    def _leaves_and_loss(self) -> tuple[list[Any], CutLoss]:
+        count, cut = len(self.traced.paths), cut_of(self.traced, self.layers)
+        loss = CutLoss(self.traced.graph, cut, self.arrays[count:])
+        return self.arrays[:count], loss
 
-@dataclass(frozen=True)
-class _CutLoss:
-    """A loss in two parts, for one batch.
-
-    Attributes:
-      graph: the loss.
-      cut: where it is cut.
-      rest: all arrays that it takes beside its parameters.
-    """
-
-    graph: Graph
-    cut: Cut
-    rest: Sequence[Any]
-
-    def _given(self, leaves: Sequence[Any]) -> dict[int, Any]:
-        return dict(zip(self.graph.inputs, [*leaves, *self.rest], strict=True))
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of the values at the cut."""
-        return [self.graph.places[place] for place in self.cut.values]
-
-    def values(self, leaves: Sequence[Any]) -> list[Any]:
-        """The values at the cut, and the parameters that are read behind it.
-
-        Where there are no such values, the loss, in which it is linear.
-        """
-        given = self._given(leaves)
-        given.update(self.graph.held)
-        numbers: Any = self.numbers if self.cut.values else self.graph.results[:1]
-        known = run(self.graph.leading_to(numbers, set(given)), given)
-        params = [leaves[at] for at in self.cut.params]
-        return at_least_float32([*(known[n] for n in numbers), *params])
-
-    def behind(self, values: Sequence[Any]) -> Any:
-        """The loss for values at the cut."""
-        graph, cut = self.graph, self.cut
-        if not cut.values:
-            return values[0]
-        numbers = [*self.numbers, *(graph.inputs[at] for at in cut.params)]
-        count = len(graph.inputs) - len(self.rest)
-        given: dict[int, Any] = dict(zip(graph.inputs[count:], self.rest, strict=True))
-        given.update(graph.held)
-        for number, value in zip(numbers, values, strict=True):
-            given[number] = value.astype(graph.avals[number].dtype)
-        (loss,) = graph.results[:1]
-        assert is_number(loss)
-        return at_least_float32(run(tail_of(graph, numbers), given)[loss])
-
-    def sample(self, leaves: Sequence[Any], key: Any) -> dict[int, jax.Array]:
-        r"""Cotangents of the values with the loss's Hessian as their second moment.
-
-        Where the loss has the gradient :math:`w (f(a) - y)`, they are
-        :math:`\sqrt w\, r` with random signs in :math:`r`, of which
-        :math:`\operatorname{E}[r r^\top]` is the Jacobian of :math:`f`, as it is of
-        :math:`f(a) - y` for labels :math:`y` drawn from the likelihood. Elsewhere their
-        squares have the expectation of the Hessian's diagonal. Without a key the signs
-        are drawn from the batch's bits.
-        """
-        key = jax.random.key(self._bits()) if key is None else key
-        values = self.values(leaves)
-        count = len(self.cut.values)
-        signs = [_alternating(a) for a in values[:count]]
-        still = [jnp.zeros_like(a) for a in values[count:]]
-
-        def hvp(at):
-            gradient = jax.grad(self.behind)
-            return jax.jvp(gradient, (at,), ([*signs, *still],))[1]
-
-        transfers = self.cut.transfers
-        middle = [jnp.full_like(a, 0.5) for a in values[:count]] + values[count:]
-        curved = hvp(middle) if any(transfers) else []
-        own = hvp(values) if None in transfers else []
-        sampled = {}
-        for at, (number, transfer) in enumerate(
-            zip(self.numbers, transfers, strict=True)
-        ):
-            a = values[at]
-            drawn = jax.random.rademacher(jax.random.fold_in(key, at), a.shape, a.dtype)
-            random = placed_like(drawn, a)
-            if transfer is None:
-                diagonal = jnp.maximum(signs[at] * own[at], 0)
-                sampled[number] = jnp.sqrt(diagonal) * random
-                continue
-            f = transfer.function
-            _, sloped = jax.jvp(f, (middle[at],), (signs[at],))
-            if transfer.over_last_axis:
-                weights = _rowwise(signs[at], curved[at]) / _rowwise(signs[at], sloped)
-                root = jnp.sqrt(f(a))
-                residual = root * random - f(a) * _rowwise(root, random)
-            else:
-                weights = curved[at] / sloped
-                slope = jax.jvp(f, (a,), (jnp.ones_like(a),))[1]
-                residual = jnp.sqrt(slope) * random
-            root = jnp.sqrt(jnp.maximum(weights, 0))
-            sampled[number] = (root * residual).astype(a.dtype)
-        return sampled
-
-    def _bits(self) -> jax.Array:
-        """A number that depends on what the batch holds, whatever its order."""
-        count = len(self.graph.inputs) - len(self.rest)
-        read = zip(self.graph.inputs[count:], self.rest, strict=True)
-        used = [array for number, array in read if number in self.graph.consumers]
-        total = jnp.zeros((), jnp.uint32)
-        for array in used:
-            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-                array = jax.random.key_data(array)
-            if jnp.issubdtype(array.dtype, jnp.inexact):
-                array = array.astype(jnp.float32)
-                array = jax.lax.bitcast_convert_type(array, jnp.uint32)
-            total += jnp.sum(jnp.asarray(array).astype(jnp.uint32))
-        return total
-
-
-def _alternating(a: jax.Array) -> jax.Array:
-    """Signs that alternate along the last axis."""
-    signs = 1 - 2 * (jnp.arange(a.shape[-1] if a.ndim else 1) % 2)
-    everywhere = jnp.broadcast_to(signs, a.shape or (1,)).reshape(a.shape)
-    return placed_like(everywhere.astype(a.dtype), a)
-
-
-def _rowwise(first: jax.Array, second: jax.Array) -> jax.Array:
-    return jnp.sum(first * second, axis=-1, keepdims=True)
+    def _values(self) -> list[Any]:
+        leaves, loss = self._leaves_and_loss()
+        return loss.values(leaves, self.value, self.values)

@@ -22,23 +22,10 @@ from locoprop_optax._trace.uses import Use
 from locoprop_optax._utils.sharding import typed, zeros
 
 
-@jax.custom_vjp
-def _seeded(value: jax.Array, seed: jax.Array) -> jax.Array:
-    """A value from which the seed goes back in place of its cotangent."""
-    del seed
-    return value
+class Wanted(NamedTuple):
+    """Which of an equation's results are asked for."""
 
-
-_seeded.defvjp(
-    lambda value, seed: (value, seed),
-    lambda seed, _: (seed, jnp.zeros_like(seed)),
-)
-
-
-class Seeds(NamedTuple):
-    """The cotangents that go back from an equation's results, by their place."""
-
-    of_results: dict[int, jax.Array]
+    results: tuple[int, ...]
 
 
 class Record(NamedTuple):
@@ -86,48 +73,49 @@ def interpret(
     uses: Places,
     operands: Sequence[Any],
     perturbations: Places,
-    seeds: Places | None = None,
-) -> tuple[list[Any], Places]:
-    """The results of a function, and the records of the uses in it.
+    wanted: Places | None = None,
+) -> tuple[list[Any], Places, Places]:
+    """The results of a function, the records of the uses in it, and values in it.
 
-    What holds no use and no seed is left as it is.
+    What holds no use and nothing that is asked for is left as it is.
 
     Args:
       closed: the function.
       uses: those in it, by place.
       operands: what it is called with.
       perturbations: what is added to the result of each use.
-      seeds: cotangents that go back from some results in place of their own. Not
-        inside loops and conditions.
+      wanted: the results of equations that are asked for. Not inside loops and
+        conditions.
     """
-    seeds = seeds or {}
+    wanted = wanted or {}
     jaxpr = closed.jaxpr
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     known.update(zip(jaxpr.invars, operands, strict=True))
     records: Places = {}
-    if not uses and not seeds:
-        return eval_jaxpr(jaxpr, closed.consts, *operands), records
+    found: Places = {}
+    if not uses and not wanted:
+        return eval_jaxpr(jaxpr, closed.consts, *operands), records, found
     start, last_read = 0, _last_reads(jaxpr)
-    for place in sorted({*uses, *seeds}):
+    for place in sorted({*uses, *wanted}):
         equation = jaxpr.eqns[place]
         _run_between(jaxpr, start, place, known, last_read)
         values = [_value(atom, known) for atom in equation.invars]
         use, added = uses.get(place, {}), perturbations.get(place, {})
-        seed = seeds.get(place)
+        asked = wanted.get(place, {})
         if isinstance(use, Use):
             results, records[place] = _record(jaxpr, equation, use, values, added)
-        elif use or isinstance(seed, dict):
-            inner = seed if isinstance(seed, dict) else {}
-            results, records[place] = _open(equation, use, values, added, inner)
+        elif use or isinstance(asked, dict):
+            inner = asked if isinstance(asked, dict) else {}
+            opened = _open(equation, use, values, added, inner)
+            results, records[place], found[place] = opened
         else:
             results = evaluate_alone(jaxpr, equation, values)
-        if isinstance(seed, Seeds):
-            for at, cotangent in seed.of_results.items():
-                results[at] = _seeded(results[at], cotangent)
+        if isinstance(asked, Wanted):
+            found[place] = {at: results[at] for at in asked.results}
         known.update(zip(equation.outvars, results, strict=True))
         start = place + 1
     _run_between(jaxpr, start, len(jaxpr.eqns), known, last_read)
-    return [_value(atom, known) for atom in jaxpr.outvars], records
+    return [_value(atom, known) for atom in jaxpr.outvars], records, found
 
 
 def _value(atom: Any, known: Mapping[Any, Any]) -> Any:
@@ -187,16 +175,16 @@ def _open(
     uses: Places,
     values: Sequence[Any],
     perturbations: Places,
-    seeds: Places,
-) -> tuple[list[Any], Places]:
-    """Runs the function of an equation that holds uses or seeds."""
+    wanted: Places,
+) -> tuple[list[Any], Places, Places]:
+    """Runs the function of an equation that holds uses, or what is asked for."""
     if equation.primitive == primitives.SCAN:
-        return _scan(Scan.of(equation), uses, values, perturbations)
+        return *_scan(Scan.of(equation), uses, values, perturbations), {}
     if equation.primitive == primitives.COND:
-        return _cond(branches(equation), uses, values, perturbations)
+        return *_cond(branches(equation), uses, values, perturbations), {}
     body = called(equation)
     assert body is not None
-    function = partial(interpret, body, uses, seeds=seeds)
+    function = partial(interpret, body, uses, wanted=wanted)
     if equation.primitive == primitives.REMAT:
         function = jax.checkpoint(function, **remat_options(equation))
     return function(values, perturbations)
@@ -214,7 +202,7 @@ def _scan(
 
     def turn(carry, given):
         operands, added = given
-        results, records = interpret(
+        results, records, _ = interpret(
             scan.body, uses, [*consts, *carry, *operands], added
         )
         return results[: scan.carries], (results[scan.carries :], records)
@@ -244,7 +232,7 @@ def _cond(
 
     def branch(number, operands, perturbations):
         untaken = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        results, records = interpret(
+        results, records, _ = interpret(
             choices[number],
             uses.get(number, {}),
             operands,
