@@ -36,10 +36,6 @@ class Loss(Protocol):
         """Maps pre-activations to the space in which targets live."""
         ...
 
-    def project(self, targets: Array) -> Array:
-        """Maps targets to near ones that `output` can reach."""
-        ...
-
     def value(self, preactivations: Array, targets: Array) -> Array:
         """The loss, summed over examples and units."""
         ...
@@ -61,10 +57,6 @@ class _OfActivations:
     def output(self, preactivations: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """The activations :math:`f(a)`."""
         return self.transfer.function(preactivations)
-
-    def project(self, targets: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """Targets in the closure of the range of :math:`f`."""
-        return self.transfer.project(targets)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,8 @@ from locoprop_optax.regularizers._regularizer import (
     NoRegularizer,
     Regularizer,
     SquaredL2,
-    Sum,
     none,
     squared_l2,
-    sum_of,
-    weight_decay,
 )
 
 __all__ = [
@@ -28,12 +25,9 @@ __all__ = [
     "NoRegularizer",
     "Regularizer",
     "SquaredL2",
-    "Sum",
     "bregman",
     "none",
     "relative_entropy",
     "signed_entropy",
     "squared_l2",
-    "sum_of",
-    "weight_decay",
 ]

@@ -8,7 +8,6 @@ from locoprop_optax.solvers._conjugate_gradient import conjugate_gradient
 from locoprop_optax.solvers._first_order import OptimizerFromRate, first_order
 from locoprop_optax.solvers._mirror_descent import mirror_descent
 from locoprop_optax.solvers._newton import exact, majorized_newton
-from locoprop_optax.solvers._safeguards import limited, line_searched
 from locoprop_optax.solvers._solver import Solver
 
 __all__ = [
@@ -17,8 +16,6 @@ __all__ = [
     "conjugate_gradient",
     "exact",
     "first_order",
-    "limited",
-    "line_searched",
     "majorized_newton",
     "mirror_descent",
 ]

@@ -6,17 +6,13 @@ displacement :math:`\delta`; the local problem's target is then
 """
 
 from locoprop_optax.targets._gradient import gradient_descent, normalized
-from locoprop_optax.targets._natural import gauss_newton, natural_gradient
+from locoprop_optax.targets._natural import natural_gradient
 from locoprop_optax.targets._target import Displacement, Target
-from locoprop_optax.targets._wrappers import clipped, momentum
 
 __all__ = [
     "Displacement",
     "Target",
-    "clipped",
-    "gauss_newton",
     "gradient_descent",
-    "momentum",
     "natural_gradient",
     "normalized",
 ]

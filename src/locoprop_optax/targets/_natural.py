@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from locoprop_optax._problems.inverse import in_full_precision, inverse
 from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
-from locoprop_optax._utils.errors import LayerError
 from locoprop_optax._utils.hyperparams import (
     ScalarOrSchedule,
     at,
@@ -148,59 +147,3 @@ class NaturalGradientState(NamedTuple):
 def _second_moment(rows: Array, units_apart: bool) -> Array:
     """Of the units with one another, or of each by itself, summed over rows."""
     return jnp.sum(jnp.square(rows), axis=0) if units_apart else rows.T @ rows
-
-
-def gauss_newton(
-    learning_rate: ScalarOrSchedule,
-    damping: ScalarOrSchedule = 0.1,
-    decay: float = 0.9,
-) -> Target:
-    r"""A Gauss-Newton step of the layer's output.
-
-    With the Jacobian :math:`J` of the network's output in the layer's, and the Hessian
-    :math:`H` of the loss of one example in the network's output,
-
-    .. math::
-      t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
-      \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
-      C \approx \operatorname{mean}\big( J^\top H J \big) .
-
-    It is `natural_gradient` for intermediates that must carry sampled cotangents: if
-    labels are sampled so that the loss's gradients in the network's output have the
-    covariance :math:`H`, as those of a likelihood in its natural parameters have, then
-    the expectation of their second moment is :math:`J^\top H J`.
-
-    Args:
-      learning_rate: as in `natural_gradient`.
-      damping: as in `natural_gradient`.
-      decay: as in `natural_gradient`.
-
-    Returns:
-      The target, as `natural_gradient`.
-
-    Raises:
-      ValueError: as `natural_gradient`; when a step is traced, if there are no sampled
-        cotangents.
-
-    Example:
-      >>> import locoprop_optax as loco
-      >>> target = loco.targets.gauss_newton(1.0, damping=0.03)
-
-    References:
-      Botev, Ritter, Barber, `Practical Gauss-Newton Optimisation for Deep Learning
-      <https://arxiv.org/abs/1706.03662>`_, 2017; Martens, `New Insights and
-      Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_,
-      2020, section 9.
-    """
-    natural = natural_gradient(learning_rate, damping, decay)
-
-    def refresh(layer, loss, state, count):
-        if layer.sampled_cotangents is None:
-            raise LayerError(
-                "targets.gauss_newton needs sampled cotangents, and its record has "
-                "none. Add them with locoprop_optax.add_sampled_cotangents, or use "
-                "targets.natural_gradient, which does without."
-            )
-        return natural.refresh(layer, loss, state, count)
-
-    return natural._replace(refresh=refresh)
