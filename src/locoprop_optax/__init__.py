@@ -26,7 +26,7 @@ from locoprop_optax._transforms.check_state import check_state
 from locoprop_optax._transforms.diagnostics import LayerDiagnostics, diagnostics_of
 from locoprop_optax._transforms.keep_finite import KeepFiniteState, keep_finite
 from locoprop_optax._transforms.paper import locoprop_m, locoprop_s
-from locoprop_optax._transforms.ready import locoprop, locoprop_momentum
+from locoprop_optax._transforms.ready import locoprop
 from locoprop_optax._transforms.scale_by_locoprop import (
     ScaleByLocoPropState,
     scale_by_locoprop,
@@ -60,7 +60,6 @@ __all__ = [
     "linen",
     "locoprop",
     "locoprop_m",
-    "locoprop_momentum",
     "locoprop_s",
     "losses",
     "nnx",

@@ -50,7 +50,7 @@ class Near(NamedTuple):
                     "tx.update(updates, state, params, model_fn=..., loss_fn=...) with "
                     "a function from parameters to outputs and one from outputs to the "
                     "loss, both closed over the batch, as model_and_loss makes them. "
-                    "loco.locoprop_momentum needs neither."
+                    "loco.scale_by_locoprop needs neither."
                 )
         _check_whole(params)
         linear = Linearization.of(model_fn, loss_fn, params)

@@ -40,7 +40,7 @@ def averaged(
       >>> x = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
       >>> params = model.init(jax.random.key(0), x)
       >>> layers = loco.layers(loss_fn)(params, x)
-      >>> tx = loco.averaged(loco.locoprop_momentum(layers), "data")
+      >>> tx = loco.averaged(loco.locoprop(layers), "data")
       >>> @jax.jit
       ... @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")),
       ...          out_specs=P(), check_vma=False)

@@ -56,7 +56,7 @@ def diagnostics_of(opt_state: Any) -> dict[str, LayerDiagnostics]:
       >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
       >>> params = model.init(jax.random.key(0), x)
       >>> layers = loco.layers(loss_fn)(params, x)
-      >>> tx = loco.locoprop_momentum(layers, diagnostics=True)
+      >>> tx = loco.locoprop(layers, diagnostics=True)
       >>> state = tx.init(params)
       >>> loss, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, x)
       >>> _, state = tx.update(grads, state, params, intermediates=intermediates)

@@ -1,4 +1,4 @@
-"""The ready optimizers: LocoProp with a fallback for all other parameters."""
+"""The ready optimizer: LocoProp with a fallback for all other parameters."""
 
 import optax
 
@@ -128,95 +128,5 @@ def locoprop(
             trust_region=trust_region,
         ),
         optax.add_decayed_weights(decay),
-    )
-    return with_fallback(local, fallback, layers)
-
-
-def locoprop_momentum(
-    layers: Layers,
-    learning_rate: ScalarOrSchedule = 0.1,
-    *,
-    loss: losses.LossFactory | None = None,
-    target: targets.Target | None = None,
-    regularizer: regularizers.Regularizer | None = None,
-    solver: solvers.Solver | None = None,
-    momentum: float | None = 0.9,
-    weight_decay: ScalarOrSchedule = 0.0,
-    fallback: optax.GradientTransformation | None = None,
-    stack_layers: bool | str | None = None,
-    precision: str | None = None,
-    diagnostics: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""LocoProp with a learning rate and momentum: for any loss, and at less cost.
-
-    It needs no more than each layer's intermediates. The step of `scale_by_locoprop`,
-    then momentum, weight decay and the learning rate; with the step's direction
-    :math:`d` (a gradient's sign):
-
-    .. math::
-      m \leftarrow \mu m + d, \qquad
-      \theta \leftarrow \theta - \eta\, (m + \lambda_w \theta)
-
-    Args:
-      layers: what `layers(loss_fn)` found.
-      learning_rate: :math:`\eta`, a float or a schedule. With momentum 0.9 the
-        default 0.1 follows the local solutions at their full length.
-      loss: the local loss. Default: `losses.matching_loss()`.
-      target: the local target. Default: `targets.normalized(0.05)`.
-      regularizer: the local regularizer. Default: `regularizers.none()`.
-      solver: how the problems are solved. Default:
-        `solvers.limited(solvers.majorized_newton(), 0.05)`, so that no layer moves far
-        at once.
-      momentum: :math:`\mu` in [0, 1); None for none.
-      weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
-      fallback: a complete optimizer for all parameters that are no layers, and for
-        tables that are looked up. Default: `optax.adamw(1e-2)`.
-      stack_layers: whether equal layers are solved together, as in
-        `scale_by_locoprop`.
-      precision: of the solver's matrix products, as in `scale_by_locoprop`.
-      diagnostics: whether the state holds `LayerDiagnostics`, as in
-        `scale_by_locoprop`.
-
-    Returns:
-      A transformation whose `update` takes `params` and `intermediates`.
-
-    Raises:
-      TypeError: from `update`, if `params` or `intermediates` is missing.
-      ValueError: from `update`, if the intermediates do not fit the parameters.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
-      >>> import locoprop_optax as loco
-      >>> model, x = nn.Dense(2), jnp.eye(3)
-      >>> loss_fn = lambda params, x: jnp.mean((model.apply(params, x) - 1) ** 2)
-      >>> params = model.init(jax.random.key(0), x)
-      >>> layers = loco.layers(loss_fn)(params, x)
-      >>> tx = loco.locoprop_momentum(layers)
-      >>> state = tx.init(params)
-      >>> loss, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, x)
-      >>> updates, state = tx.update(
-      ...     grads, state, params, intermediates=intermediates)
-      >>> bool(loss_fn(optax.apply_updates(params, updates), x) < loss)
-      True
-
-    References:
-      Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
-      <https://arxiv.org/abs/2106.06199>`_, 2022. The target and the solver are ours.
-    """
-    usual_solver = solvers.limited(solvers.majorized_newton(), 0.05)
-    local = optax.chain(
-        scale_by_locoprop(
-            layers,
-            loss=loss,
-            target=target,
-            regularizer=regularizer,
-            solver=usual_solver if solver is None else solver,
-            stack_layers=stack_layers,
-            precision=precision,
-            diagnostics=diagnostics,
-        ),
-        optax.identity() if momentum is None else optax.trace(momentum),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
     )
     return with_fallback(local, fallback, layers)
