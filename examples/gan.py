@@ -67,18 +67,6 @@ def adamw(steps: int) -> optax.GradientTransformation:
     return optax.adamw(_training.warm_up_and_decay(1e-3, steps), b1=0.5)
 
 
-def locoprop(steps: int, layers: loco.Layers) -> optax.GradientTransformation:
-    """For the player whose layers these are."""
-    return loco.locoprop_momentum(
-        layers,
-        _training.warm_up_and_decay(0.1, steps),
-        target=loco.targets.normalized(0.05),
-        solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
-        momentum=0.5,
-        fallback=adamw(steps),
-    )
-
-
 def generator_loss(params, players: Players, codes: jax.Array) -> jax.Array:
     """How far the discriminator is from taking generated images for real."""
     generator, discriminator = players
@@ -158,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, _training.Outcome]
     codes, images = inputs = draw(0, 0, 1), data.train[0][:1]
     baseline = Players(*map(start, models, inputs, 2 * [adamw(options.steps)]))
     layers = layers_of(baseline, images, codes)
-    ours = (locoprop(options.steps, found) for found in layers)
+    ours = (loco.locoprop(found) for found in layers)
     states = {
         "AdamW": baseline,
         "LocoProp": Players(*map(start, models, inputs, ours)),

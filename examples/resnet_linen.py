@@ -63,17 +63,10 @@ class State(loco.linen.TrainState):
 def optimizers(
     steps: int, layers: loco.Layers
 ) -> dict[str, optax.GradientTransformation]:
-    """AdamW and LocoProp, each with its best settings of those we tried."""
-    schedule = partial(_training.warm_up_and_decay, steps=steps)
+    """AdamW with its best rate of those we tried, and LocoProp with nothing set."""
     return {
-        "AdamW": optax.adamw(schedule(6e-2)),
-        "LocoProp": loco.locoprop_momentum(
-            layers,
-            schedule(0.1),
-            target=loco.targets.normalized(0.5),
-            solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
-            fallback=optax.adamw(schedule(3e-2)),
-        ),
+        "AdamW": optax.adamw(_training.warm_up_and_decay(6e-2, steps)),
+        "LocoProp": loco.locoprop(layers),
     }
 
 

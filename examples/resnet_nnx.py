@@ -59,17 +59,10 @@ class ResNet(nnx.Module):
 def optimizers(
     steps: int, layers: loco.Layers
 ) -> dict[str, optax.GradientTransformation]:
-    """AdamW and LocoProp, with the settings found for `resnet_linen`."""
-    schedule = partial(_training.warm_up_and_decay, steps=steps)
+    """AdamW with the rate of `resnet_linen`, and LocoProp with nothing set."""
     return {
-        "AdamW": optax.adamw(schedule(6e-2)),
-        "LocoProp": loco.locoprop_momentum(
-            layers,
-            schedule(0.1),
-            target=loco.targets.normalized(0.5),
-            solver=loco.solvers.majorized_newton(num_steps=2, damping=0.1),
-            fallback=optax.adamw(schedule(3e-2)),
-        ),
+        "AdamW": optax.adamw(_training.warm_up_and_decay(6e-2, steps)),
+        "LocoProp": loco.locoprop(layers),
     }
 
 

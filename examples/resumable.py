@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     params = start()
     layers = loco.layers(loss_fn)(params, images[:1])
-    tx = loco.locoprop_momentum(layers)
+    tx = loco.locoprop(layers)
     capture = loco.value_and_grad(loss_fn, layers)
 
     @jax.jit
