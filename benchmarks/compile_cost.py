@@ -28,7 +28,7 @@ from benchmarks.provenance import provenance
 
 MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-5),
-    "locoprop_momentum": loco.locoprop_momentum,
+    "locoprop": loco.locoprop,
 }
 
 

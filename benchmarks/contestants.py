@@ -124,31 +124,6 @@ def _locoprop(
     )
 
 
-def _locoprop_momentum(
-    steps: int,
-    *,
-    layers: loco.Layers,
-    learning_rate: float,
-    gamma: float,
-    damping: float,
-    num_steps: int,
-    momentum: float,
-    ema: float = 0.0,
-    stride: int = 1,
-    fallback_learning_rate: float = 1e-3,
-) -> optax.GradientTransformation:
-    return loco.locoprop_momentum(
-        layers,
-        warmup_then_linear(learning_rate, steps),
-        target=loco.targets.normalized(gamma),
-        solver=loco.solvers.majorized_newton(
-            1 if ema else num_steps, damping, ema=ema, stride=stride
-        ),
-        momentum=momentum,
-        fallback=optax.adamw(warmup_then_linear(fallback_learning_rate, steps)),
-    )
-
-
 def kernels(params: Any) -> Any:
     """What Muon orthogonalizes: each kernel as a matrix from inputs to outputs."""
 
@@ -192,13 +167,6 @@ LOCOPROP: Space = {
     "target_damping": Range(0.05, 5.0, 0.75),
     "damping": Range(0.03, 3.0, 0.3),
 }
-LOCOPROP_MOMENTUM: Space = {
-    "learning_rate": Range(0.01, 1.0, 0.1),
-    "gamma": Range(0.01, 0.5, 0.05),
-    "damping": Range(0.01, 1.0, 0.1),
-    "num_steps": Choice((1, 2, 3), 2),
-    "momentum": MOMENTUM,
-}
 SMALL_BATCHES: Space = {  # and other parameters than those of layers
     "ema": Choice((0.0, 0.9, 0.95, 0.99), 0.0),
     "fallback_learning_rate": Range(1e-4, 1e-1, 1e-3),
@@ -209,11 +177,7 @@ SOAP: Space = {
     "shampoo_beta": Choice((0.9, 0.95, 0.99), 0.95),
     "eps": EPS,
 }
-MIXED = (  # for models that are more than layers
-    "soap_and_adam",
-    "locoprop_and_adamw",
-    "locoprop_momentum_and_adamw",
-)
+MIXED = ("soap_and_adam", "locoprop_and_adamw")  # for models of more than layers
 BETAS: Space = {
     "learning_rate": RATE,
     "b1": MOMENTUM,
@@ -294,23 +258,11 @@ CONTESTANTS: dict[str, Contestant] = {
         {},
         needs=INTERMEDIATES,
     ),
-    "locoprop_momentum": Contestant(
-        "locoprop_momentum",
-        _locoprop_momentum,
-        LOCOPROP_MOMENTUM,
-        needs=INTERMEDIATES,
-    ),
     "locoprop_and_adamw": Contestant(
         "locoprop, AdamW for the rest",
         partial(_locoprop, stride=STRIDE),
         {**LOCOPROP, "learning_rate": Range(0.1, 1.0, 1.0), **SMALL_BATCHES},
         needs=QUARTER,
-    ),
-    "locoprop_momentum_and_adamw": Contestant(
-        "locoprop_momentum, AdamW for the rest",
-        partial(_locoprop_momentum, stride=STRIDE),
-        {**LOCOPROP_MOMENTUM, **SMALL_BATCHES},
-        needs=INTERMEDIATES,
     ),
     "kfac": Contestant(
         "K-FAC, adaptive",

@@ -40,7 +40,6 @@ EVERYWHERE, ROWS = PartitionSpec(), PartitionSpec("data")
 
 VARIANTS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "locoprop": loco.locoprop,
-    "locoprop_momentum": loco.locoprop_momentum,
     "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-5),
 }
 
@@ -127,7 +126,7 @@ def shares() -> list[dict[str, Any]]:
 
     backprop = operations(jax.value_and_grad(loss_fn), params, x)
     layers, found = loco.layers(loss_fn)(params, x), []
-    for name in ("locoprop_m", "locoprop_momentum"):
+    for name in ("locoprop_m", "locoprop"):
         for devices in (1, 2, 4, 8):
             tx = VARIANTS[name](layers, stack_layers="layers")
             mesh = mesh_of(devices, "layers")
@@ -225,8 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "exchanges": exchanges(DEVICES * 8),
             "shares": shares(),
             "training": [
-                train(options, name, shards, progress)
-                for name in ("locoprop", "locoprop_momentum")
+                train(options, "locoprop", shards, progress)
                 for shards in options.shards
             ],
         }

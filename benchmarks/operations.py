@@ -46,7 +46,7 @@ def operations(
         count["steps by Gram matrices"] = later * sum(
             2 * layers[k][0] ** 2 * layers[k][1] for k in by_gram
         )
-    elif variant.startswith("locoprop"):
+    elif "locoprop" in variant:
         newton = 1 if "1 step" in variant else NEWTON_STEPS
         count["local steps"] = (newton - 1) * 2 * unit
         count["Gram matrices"] = sum(2 * n * i**2 for i, _ in layers)

@@ -28,7 +28,7 @@ from benchmarks.provenance import provenance
 
 BFLOAT16 = "BF16_BF16_F32"
 MAKERS = {
-    "locoprop_momentum": (loco.locoprop_momentum, 0.1),
+    "locoprop": (loco.locoprop, 1.0),
     "locoprop_m": (loco.locoprop_m, 1e-5),
 }
 
@@ -87,12 +87,13 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
 def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Epoch, and for each optimizer bfloat16's training loss over float32's."""
     curves = {r["optimizer"]: [p["train_loss"] for p in r["curve"]] for r in results}
+    names = dict.fromkeys(name.split(",")[0] for name in curves)
 
     def ratio(name, epoch):
         return curves[f"{name}, bfloat16"][epoch] / curves[f"{name}, float32"][epoch]
 
     return [
-        (str(epoch), *(f"{ratio(name, epoch):.4f}" for name in MAKERS))
+        (str(epoch), *(f"{ratio(name, epoch):.4f}" for name in names))
         for epoch in range(1, results[0]["settings"]["epochs"] + 1)
     ]
 

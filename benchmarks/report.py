@@ -103,9 +103,12 @@ def only(results: Results, names: Sequence[str] | None) -> Results:
     return [r for r in results if names is None or r["optimizer"] in names]
 
 
+EARLIER = {"locoprop_momentum_and_adamw": "locoprop_momentum, AdamW for the rest"}
+
+
 def label(name: str) -> str:
-    """What an optimizer is called."""
-    return CONTESTANTS[name].label if name in CONTESTANTS else name
+    """What an optimizer is called, also one that only earlier results have."""
+    return CONTESTANTS[name].label if name in CONTESTANTS else EARLIER.get(name, name)
 
 
 def timed(runs: Results) -> Results:

@@ -42,11 +42,17 @@ GROWTH = {
     "batch": (100, 1000, 4000, 16000),  # thousandths of the usual one
     "steps": (1, 5, 10, 20),
 }
-GROWN = ("adam", "locoprop_m", "locoprop_s", "locoprop_momentum")
+GROWN = ("adam", "locoprop_m", "locoprop_s", "scale_by_locoprop")
 PEER_SETTINGS = {
     "torch_locoprop": ({"correction": 0.0}, {"correction": 0.1}),
     "kfac": ({"adaptive": True}, {"adaptive": False}),
 }
+
+
+def _with_momentum(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(tx, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
+
+
 Make = Callable[[int, loco.Layers], optax.GradientTransformation]
 VARIANTS: dict[str, Make] = {
     "adam": lambda steps, layers: optax.adam(1e-3),
@@ -57,10 +63,12 @@ VARIANTS: dict[str, Make] = {
     "locoprop_s": lambda steps, layers: loco.locoprop_s(
         layers, 1e-5, num_local_steps=steps
     ),
-    "locoprop_momentum, 1 step": lambda steps, layers: loco.locoprop_momentum(
-        layers, solver=loco.solvers.majorized_newton(1)
+    "scale_by_locoprop, 1 step": lambda steps, layers: _with_momentum(
+        loco.scale_by_locoprop(layers, solver=loco.solvers.majorized_newton(1))
     ),
-    "locoprop_momentum": lambda steps, layers: loco.locoprop_momentum(layers),
+    "scale_by_locoprop": lambda steps, layers: _with_momentum(
+        loco.scale_by_locoprop(layers)
+    ),
 }
 
 
@@ -74,13 +82,13 @@ class Step:
         self.loss_fn = partial(reconstruction_loss, self.model)
         layers = loco.layers(self.loss_fn)(params, self.batch)
         self.capture = loco.value_and_grad(self.loss_fn, layers)
-        self.tx, self.variant = VARIANTS[variant](steps, layers), variant
+        self.tx, self.captures = VARIANTS[variant](steps, layers), "locoprop" in variant
         self.carry = (params, self.tx.init(params))
 
     def __call__(self, carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         """A training step, as the README writes it."""
         params, state = carry
-        if self.variant.startswith("locoprop"):
+        if self.captures:
             loss, grads, intermediates = self.capture(params, batch)
             updates, state = self.tx.update(
                 grads, state, params, intermediates=intermediates
@@ -92,7 +100,7 @@ class Step:
 
     def record_bytes(self) -> int:
         """What the records of a step take."""
-        if not self.variant.startswith("locoprop"):
+        if not self.captures:
             return 0
         _, _, intermediates = jax.eval_shape(self.capture, self.carry[0], self.batch)
         return _bytes(intermediates.layers)
@@ -212,7 +220,7 @@ def beside_peer(
     for settings in PEER_SETTINGS[name]:
         ours = {
             v: Step(v, widths, n, 10)
-            for v in ("adam", "locoprop_m", "locoprop_momentum")
+            for v in ("adam", "locoprop_m", "scale_by_locoprop")
         }
         compiled = {variant: step.compile() for variant, step in ours.items()}
         adam = ours["adam"]

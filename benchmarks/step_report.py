@@ -11,14 +11,6 @@ from rich.table import Table
 from benchmarks.operations import unit_of
 
 COLUMNS = ("step", "operations, units", "XLA's count / ours", "× Adam's time")
-PEER_COLUMNS = (
-    *("peer", "its step / adam's", "/ locoprop_m's", "/ locoprop_momentum's"),
-    *("locoprop_momentum's / adam's", "loss", "locoprop_m's", "locoprop_momentum's"),
-)
-GROWTH_COLUMNS = (
-    *("", "adam, s", "locoprop_m, s", "locoprop_s, s", "locoprop_momentum, s"),
-    *("records", "state", "temporary"),
-)
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -39,21 +31,33 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
+def _ours(peer: dict[str, Any]) -> tuple[str, ...]:
+    """The paper's and ours, which ran beside a peer."""
+    return tuple(v for v in peer["seconds"] if v not in ("adam", peer["peer"]))
+
+
+def peer_columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """What stands above `peer_rows`."""
+    ours = _ours(results["peers"][0])
+    return (
+        *("peer", "its step / adam's", *(f"/ {name}'s" for name in ours)),
+        *(f"{ours[-1]}'s / adam's", "loss", *(f"{name}'s" for name in ours)),
+    )
+
+
 def peer_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Peer and settings, its step over each of ours, ours over Adam's, last losses."""
     table = []
     for result in results["peers"]:
         name, taken, losses = result["peer"], result["seconds"], result["losses"]
         settings = ", ".join(f"{k} {v}" for k, v in result["settings"].items())
+        ours = _ours(result)
         table.append(
             (
                 f"{name}, {settings}",
-                *(f"{taken[name] / taken[v]:.2f}" for v in taken if v != name),
-                f"{taken['locoprop_momentum'] / taken['adam']:.2f}",
-                *(
-                    f"{losses[v][-1]:.1f}"
-                    for v in (name, "locoprop_m", "locoprop_momentum")
-                ),
+                *(f"{taken[name] / taken[v]:.2f}" for v in ("adam", *ours)),
+                f"{taken[ours[-1]] / taken['adam']:.2f}",
+                *(f"{losses[v][-1]:.1f}" for v in (name, *ours)),
             )
         )
     return table
@@ -65,17 +69,34 @@ def adams_rate(results: dict[str, Any]) -> float:
     return sum(adam["operations"].values()) / adam["seconds"]
 
 
+def _counted(found: dict[str, Any]) -> list[str]:
+    """The variants whose operations were counted."""
+    return [variant for variant, part in found.items() if "operations" in part]
+
+
+def growth_columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """What stands above `growth_rows`."""
+    counted = _counted(results["growth"][0]["found"])
+    return (
+        "",
+        *(f"{variant}, s" for variant in counted),
+        "records",
+        "state",
+        "temporary",
+    )
+
+
 def growth_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Of each setting the seconds over what the count predicts at Adam's first rate."""
     rate = adams_rate(results)
     table = []
     for result in results["growth"]:
         at = [f"{result['axis']} {result[result['axis']]:g}"]
-        counted = {n: f for n, f in result["found"].items() if "operations" in f}
-        for found in counted.values():
+        counted = [result["found"][v] for v in _counted(result["found"])]
+        for found in counted:
             predicted = sum(found["operations"].values()) / rate
             at.append(f"{found['seconds']:.3f} ({found['seconds'] / predicted:.2f})")
-        largest = counted["locoprop_momentum"]
+        largest = counted[-1]
         params = largest["parameter_bytes"]
         at += [
             f"{largest[f'{part}_bytes'] / params:.1f}"
@@ -91,9 +112,14 @@ def show(results: dict[str, Any], path: Path) -> None:
     for row in rows(results):
         table.add_row(*row)
     Console().print(table)
-    for columns, rows_of in ((PEER_COLUMNS, peer_rows), (GROWTH_COLUMNS, growth_rows)):
-        table = Table(*columns)
-        for row in rows_of({"growth": [], **results}):
+    for part, columns_of, rows_of in (
+        ("peers", peer_columns, peer_rows),
+        ("growth", growth_columns, growth_rows),
+    ):
+        if not results.get(part):
+            continue
+        table = Table(*columns_of(results))
+        for row in rows_of(results):
             table.add_row(*row)
         Console().print(table)
     axes_names = list(dict.fromkeys(r["axis"] for r in results.get("growth", ())))
@@ -105,8 +131,7 @@ def show(results: dict[str, Any], path: Path) -> None:
     for axes, name in zip(all_axes, axes_names, strict=True):
         chosen = [r for r in results["growth"] if r["axis"] == name]
         at = [r[name] for r in chosen]
-        counted = [v for v, f in chosen[0]["found"].items() if "operations" in f]
-        for i, variant in enumerate(counted):
+        for i, variant in enumerate(_counted(chosen[0]["found"])):
             parts = [r["found"][variant] for r in chosen]
             axes.plot(at, [p["seconds"] for p in parts], f"C{i}o-", label=variant)
             predicted = [sum(p["operations"].values()) / rate for p in parts]

@@ -30,7 +30,7 @@ from benchmarks.report import markdown_table
 ROWS, STEPS, DRAWS = 512, 60, 20
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}  # it is most of the time
 HIGHEST = 50  # a batch's loss, relative to the start: above it, a run has diverged
-OPTIMIZERS = {"locoprop": loco.locoprop, "locoprop_momentum": loco.locoprop_momentum}
+OPTIMIZERS = {"locoprop": loco.locoprop}
 TRANSFERS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "tanh": nn.tanh,

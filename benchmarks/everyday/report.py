@@ -60,7 +60,14 @@ def _title(equal: Equal, part: str) -> str:
 
 
 def _label(name: str) -> str:
-    return CONTESTANTS[name].label
+    return CONTESTANTS[name].label if name in CONTESTANTS else name
+
+
+def _untuned(results: Results) -> list[str]:
+    """The contestants that ran with nothing set."""
+    tuned = {r["contestant"] for r in results if any(run["rate"] for run in r["runs"])}
+    names = dict.fromkeys(r["contestant"] for r in results)
+    return [name for name in names if name not in tuned]
 
 
 def profile(results: Results, equal: Equal, part: str) -> dict[str, np.ndarray]:
@@ -101,16 +108,16 @@ def no_worse(results: Results, name: str, than: str, equal: Equal, part: str) ->
 
 
 def comparisons(results: Results, only: str | None = None) -> str:
-    """How often LocoProp's two, or one, are at or below each rival, in Markdown."""
+    """How often those with nothing set, or one, are at or below each rival."""
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
         "problems": lambda result: not result["apart"],
         "problems kept apart": lambda result: result["apart"],
     }
     names = list(dict.fromkeys(r["contestant"] for r in results))
-    ours = [only] if only else [n for n in names if not CONTESTANTS[n].rates]
-    rivals = [name for name in names if CONTESTANTS[name].rates]
+    untuned = _untuned(results)
+    rivals = [name for name in names if name not in untuned]
     body = []
-    for ours_name in ours:
+    for ours_name in [only] if only else untuned:
         for rival in rivals:
             for group, belongs in groups.items():
                 chosen = [r for r in results if belongs(r)]
@@ -127,9 +134,7 @@ def comparisons(results: Results, only: str | None = None) -> str:
 def safety(results: Results) -> str:
     """Whether anything with nothing to set diverged, in Markdown."""
     body = []
-    for name in dict.fromkeys(r["contestant"] for r in results):
-        if CONTESTANTS[name].rates:
-            continue
+    for name in _untuned(results):
         own = [r for r in results if r["contestant"] == name]
         runs = [run for r in own for run in _different(r["runs"])]
         body.append(

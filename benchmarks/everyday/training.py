@@ -43,9 +43,6 @@ def _muon(schedule: Any) -> optax.GradientTransformation:
 
 CONTESTANTS = {
     "locoprop": Contestant("locoprop", loco.locoprop, captures=True),
-    "locoprop_momentum": Contestant(
-        "locoprop_momentum", loco.locoprop_momentum, captures=True
-    ),
     "adamw": Contestant("AdamW", optax.adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
     "muon": Contestant("Muon, Adam for the rest", _muon, (0.003, 0.01, 0.03, 0.1)),
     "momentum": Contestant(

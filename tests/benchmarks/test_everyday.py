@@ -52,12 +52,12 @@ def test_the_command_trains_and_shows_all_tables(tmp_path, capsys):
     everyday.main(
         [
             *("--problems", "separable", "--seeds", "0"),
-            *("--contestants", "locoprop_momentum", "momentum"),
+            *("--contestants", "locoprop", "momentum"),
             *("--output", str(tmp_path)),
         ]
     )
     results = read_results(tmp_path / "everyday.jsonl")
-    assert [r["contestant"] for r in results] == ["locoprop_momentum", "momentum"]
+    assert [r["contestant"] for r in results] == ["locoprop", "momentum"]
     ours, theirs = results
     assert {run["equal"] for run in theirs["runs"]} == {"steps", "seconds"}
     assert len(theirs["runs"]) == 2 * 4
@@ -111,8 +111,8 @@ def test_losses_of_almost_nothing_count_alike():
 @pytest.mark.parametrize("number", [3, slow(1)])
 def test_random_problems_do_not_diverge(number):
     """A sample of what the docs report."""
-    runs = random_problems.runs_of(number, [*random_problems.OPTIMIZERS])
-    assert len(runs) == 2 * random_problems.DRAWS
+    runs = random_problems.runs_of(number, ["locoprop"])
+    assert len(runs) == random_problems.DRAWS
     assert not any(map(random_problems.diverged, runs))
 
 

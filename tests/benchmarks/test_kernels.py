@@ -6,7 +6,7 @@ from benchmarks.networks import HIDDEN
 
 def test_the_whole_command(tmp_path, capsys):
     options = ["--width", "0.02", "--train-size", "60", "--batch-size", "30"]
-    names = ["--optimizers", "sgd", "locoprop_momentum"]
+    names = ["--optimizers", "sgd", "locoprop_m"]
     kernels.main([*options, *names, "--output", str(tmp_path)])
     sgd, local = report.read_results(tmp_path / "kernels.jsonl")
     assert local["kernels"] > sgd["kernels"] > 2 * len(HIDDEN)

@@ -82,8 +82,8 @@ def test_a_folder_without_the_text(tmp_path):
 
 @pytest.mark.slow
 def test_variants_of_the_ablation_differ(tmp_path):
-    one = ["locoprop()", "locoprop(): no momentum"]
-    names = [*one, "locoprop_momentum()", "locoprop_momentum(): one local step"]
+    changed = ["no momentum", "rate 0.1 and momentum 0.9, no model"]
+    names = ["locoprop()", *(f"locoprop(): {change}" for change in changed)]
     size = ["--train-size", "40", "--batch-size", "20", "--width", "0.01"]
     where = ["--epochs", "2", "--output", str(tmp_path)]
     ablation.main([*size, *where, "--optimizers", *names])

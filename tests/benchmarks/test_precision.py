@@ -15,7 +15,7 @@ def test_the_whole_command(tmp_path):
     subprocess.run([*command, "--output", str(tmp_path)], check=True)
     results = report.read_results(tmp_path / "precision.jsonl")
     last = {r["optimizer"]: r["curve"][-1]["train_loss"] for r in results}
-    for name in ("locoprop_momentum", "locoprop_m"):
+    for name in ("locoprop", "locoprop_m"):
         short, full = last[f"{name}, bfloat16"], last[f"{name}, float32"]
         assert short != full
         assert abs(short / full - 1) < 0.01

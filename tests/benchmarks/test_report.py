@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-LEADING = ["locoprop", "locoprop_momentum", "soap", "kfac", "muon", "adamw"]
+LEADING = ["locoprop", "soap", "kfac", "muon", "adamw"]
 
 
 def test_the_table_of_the_readme_is_the_committed_results():

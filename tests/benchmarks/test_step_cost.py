@@ -104,15 +104,15 @@ def test_of_a_condition_the_longer_branch_counts():
 def test_records_and_state_are_itemized():
     widths, n = step_cost._scaled(0.06), 40
     found = step_cost.measure(
-        widths, n, 2, 1, ["adam", "locoprop_m", "locoprop_momentum"]
+        widths, n, 2, 1, ["adam", "locoprop_m", "scale_by_locoprop"]
     )
     params = sum((i + 1) * o for i, o in operations.layers_of(widths))
     records = params + n * sum(i + 2 * o for i, o in operations.layers_of(widths))
     assert found["adam"]["record_bytes"] == 0
-    assert found["locoprop_momentum"]["record_bytes"] == pytest.approx(
+    assert found["scale_by_locoprop"]["record_bytes"] == pytest.approx(
         4 * records, rel=0.01
     )
-    assert found["locoprop_momentum"]["state_bytes"] == pytest.approx(
+    assert found["scale_by_locoprop"]["state_bytes"] == pytest.approx(
         4 * params, rel=0.01
     )
     assert found["locoprop_m"]["state_bytes"] == pytest.approx(8 * params, rel=0.01)
