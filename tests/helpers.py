@@ -96,6 +96,14 @@ def train_step(loss_fn, layers, tx):
     return step
 
 
+def local_steps(layers, learning_rate=0.3, **parts):
+    """Steps of LocoProp at a rate, with `scale_by_locoprop`'s parts."""
+    return optax.chain(
+        loco.scale_by_locoprop(layers, **parts),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def update_of(make, loss_fn, params, *batch, key=None, **options):
     """The first update of an optimizer that is made of a loss's layers."""
     layers = loco.layers(loss_fn, **options)(params, *batch)

@@ -4,7 +4,7 @@ They are those of the page that shows how to write them.
 """
 
 import locoprop_optax as loco
-from tests.helpers import DOCS, counted, regression, run_blocks, train_step
+from tests.helpers import DOCS, counted, local_steps, regression, run_blocks, train_step
 
 
 def test_one_of_each_trains_a_model_together():
@@ -12,14 +12,13 @@ def test_one_of_each_trains_a_model_together():
     assert own["history"][-1] < 0.6 * own["history"][0]
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(
+    tx = local_steps(
         layers,
         0.5,
         loss=lambda transfer: own["HuberLoss"](0.5),
         target=own["sign_target"](0.05),
         regularizer=own["LogCosh"](0.1),
         solver=loco.solvers.limited(own["steepest_descent"](5), 0.3),
-        momentum=None,
     )
     step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, capture, regression
+from tests.helpers import MLP, capture, local_steps, regression
 
 
 def test_loss_and_gradients_equal_jax():
@@ -169,7 +169,7 @@ def test_train_state_takes_intermediates():
     state = loco.linen.TrainState.create(
         apply_fn=None,
         params=params,
-        tx=optax.chain(loco.locoprop_momentum(layers), optax.identity()),
+        tx=local_steps(layers),
     )
 
     @jax.jit

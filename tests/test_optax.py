@@ -11,11 +11,11 @@ import pytest
 from optax import contrib
 
 import locoprop_optax as loco
-from tests.helpers import regression, slow, train_step
+from tests.helpers import local_steps, regression, slow, train_step
 
 LOSS, PARAMS, BATCH = regression()
 LAYERS = loco.layers(LOSS)(PARAMS, BATCH)
-BLOCK = loco.locoprop_momentum(LAYERS, 0.2, momentum=None)
+BLOCK = local_steps(LAYERS, 0.2)
 
 
 def train(tx, steps=4, **extra):
@@ -144,7 +144,7 @@ def test_conditionally_transform_skips_the_block():
 
 def test_apply_if_finite_skips_a_broken_batch():
     x, y = BATCH
-    tx = optax.apply_if_finite(loco.locoprop_momentum(LAYERS), 3)
+    tx = optax.apply_if_finite(local_steps(LAYERS), 3)
     state = tx.init(PARAMS)
     step = jax.jit(train_step(LOSS, LAYERS, tx))
     after, state, _ = step(PARAMS, state, (x.at[0, 0].set(jnp.nan), y))
@@ -156,10 +156,9 @@ def test_apply_if_finite_skips_a_broken_batch():
 
 def test_injected_schedules_reach_every_number():
     def make(learning_rate, gamma, damping, strength):
-        return loco.locoprop_momentum(
+        return local_steps(
             LAYERS,
             learning_rate,
-            momentum=None,
             target=loco.targets.normalized(gamma),
             regularizer=loco.regularizers.squared_l2(strength),
             solver=loco.solvers.majorized_newton(damping=damping),
@@ -176,7 +175,7 @@ def test_injected_schedules_reach_every_number():
 
 
 def test_schedule_free_trains():
-    inner = loco.locoprop_momentum(LAYERS, 0.3, momentum=None)
+    inner = local_steps(LAYERS, 0.3)
     tx = contrib.schedule_free(inner, 0.3, b1=0.9)
     trained, state = train(tx, steps=40)
     evaluated = contrib.schedule_free_eval_params(state, trained)
@@ -189,7 +188,7 @@ def test_flattened_parameters_are_an_error_that_explains():
 
 
 def test_dropped_extra_arguments_are_an_error_that_explains():
-    inner = loco.locoprop_momentum(LAYERS)
+    inner = loco.scale_by_locoprop(LAYERS)
     dropping = optax.GradientTransformation(
         inner.init, lambda updates, state, params: inner.update(updates, state, params)
     )
@@ -198,7 +197,7 @@ def test_dropped_extra_arguments_are_an_error_that_explains():
 
 
 @pytest.mark.parametrize(
-    "tx", [loco.locoprop_momentum(LAYERS), loco.locoprop_m(LAYERS, 1e-3)]
+    "tx", [loco.scale_by_locoprop(LAYERS), loco.locoprop_m(LAYERS, 1e-3)]
 )
 def test_joined_micro_batches_equal_the_large_batch(tx):
     loss_fn, params, (x, y) = regression(batch=12)
@@ -220,9 +219,8 @@ def test_joined_micro_batches_equal_the_large_batch(tx):
 
 def test_numbers_of_targets_and_solvers_can_be_injected():
     def make(damping, decay, tolerance):
-        return loco.locoprop_momentum(
+        return local_steps(
             LAYERS,
-            momentum=None,
             target=loco.targets.momentum(
                 loco.targets.natural_gradient(0.1, damping, decay), decay
             ),
@@ -238,13 +236,11 @@ def test_numbers_of_targets_and_solvers_can_be_injected():
     ("make", "name"),
     [
         (
-            lambda ema: loco.locoprop_momentum(
-                LAYERS, solver=loco.solvers.exact(ema=ema)
-            ),
+            lambda ema: local_steps(LAYERS, solver=loco.solvers.exact(ema=ema)),
             "ema",
         ),
         (
-            lambda scale: loco.locoprop_momentum(
+            lambda scale: local_steps(
                 LAYERS, regularizer=loco.regularizers.signed_entropy(1.0, scale)
             ),
             "scale",

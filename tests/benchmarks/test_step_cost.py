@@ -112,7 +112,8 @@ def test_records_and_state_are_itemized():
     assert found["scale_by_locoprop"]["record_bytes"] == pytest.approx(
         4 * records, rel=0.01
     )
+    inverses = sum(i**2 for i, _ in operations.layers_of(widths))
     assert found["scale_by_locoprop"]["state_bytes"] == pytest.approx(
-        4 * params, rel=0.01
+        4 * (params + inverses), rel=0.01
     )
     assert found["locoprop_m"]["state_bytes"] == pytest.approx(8 * params, rel=0.01)

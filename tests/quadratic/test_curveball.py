@@ -287,8 +287,7 @@ def test_masked_parameters_are_an_error_that_explains():
     "make",
     [
         lambda layers: loco.curveball(),
-        partial(loco.locoprop_momentum, diagnostics=True),
-        loco.locoprop,
+        partial(loco.locoprop, diagnostics=True),
     ],
 )
 def test_the_state_can_be_donated_to_a_scan(make):

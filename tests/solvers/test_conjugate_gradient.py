@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import locoprop_optax as loco
 from tests.helpers import (
+    local_steps,
     problem_of,
     random_layer,
     random_layers,
@@ -93,9 +94,7 @@ def test_convolutions():
 def test_trains_a_model():
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(
-        layers, 0.3, solver=loco.solvers.conjugate_gradient(4), momentum=None
-    )
+    tx = local_steps(layers, solver=loco.solvers.conjugate_gradient(4))
     step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     start = loss_fn(params, batch)
     for _ in range(30):

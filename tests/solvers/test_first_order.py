@@ -13,6 +13,7 @@ import locoprop_optax as loco
 from tests.helpers import (
     MLP,
     counted,
+    local_steps,
     problem_of,
     random_layer,
     random_layers,
@@ -220,11 +221,10 @@ def test_tolerance_stops_early():
 def test_options_work_for_layers_solved_together(options):
     loss_fn, params, batch = regression(MLP(hidden=3), features=3)  # equal layers
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(
+    tx = local_steps(
         layers,
         1.0,
         solver=loco.solvers.first_order(optax.sgd(0.02), 4, **options),
-        momentum=None,
     )
     step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)

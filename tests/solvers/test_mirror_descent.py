@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from tests.helpers import random_layer, random_layers, regression, solved, train_step
+from tests.helpers import (
+    local_steps,
+    random_layer,
+    random_layers,
+    regression,
+    solved,
+    train_step,
+)
 
 
 @pytest.mark.usefixtures("float64")
@@ -61,13 +68,12 @@ def test_exponentiated_gradient_keeps_weights_positive_while_it_trains():
     loss_fn, params, batch = regression()
     params = jax.tree.map(lambda p: jnp.abs(p) + 0.1, params)
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(
+    tx = local_steps(
         layers,
         1.0,
         target=loco.targets.gradient_descent(1.0),
         regularizer=loco.regularizers.relative_entropy(20.0),
         solver=loco.solvers.mirror_descent(3),
-        momentum=None,
     )
     step, state = jax.jit(train_step(loss_fn, layers, tx)), tx.init(params)
     start = loss_fn(params, batch)

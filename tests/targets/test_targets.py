@@ -16,6 +16,7 @@ from tests.helpers import (
     counted,
     kfac,
     layers_for,
+    local_steps,
     random_layer,
     random_layers,
     regression,
@@ -384,7 +385,7 @@ def test_momentum_keeps_the_mean_moving():
 def test_targets_train_a_model_with_a_steady_state(target):
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(layers, 0.3, target=target, momentum=None)
+    tx = local_steps(layers, target=target)
     step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)
     structure = jax.tree.map(jnp.shape, state)

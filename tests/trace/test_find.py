@@ -122,7 +122,7 @@ def test_one_error_names_all_that_hide_a_product(name):
     assert [layer.path for layer in layers] == ["plain/kernel"]
     assert dict(layers.others)[named[0]] == "excluded"
     _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
-    tx = loco.locoprop_momentum(layers)
+    tx = loco.scale_by_locoprop(layers)
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
     assert all(bool(jnp.all(u != 0)) for u in jax.tree.leaves(updates["plain"]))
 
@@ -255,7 +255,7 @@ def test_layers_without_any_input_stay_where_they_are(build):
     loss_fn, params = loss_of(Model())
     layers = loco.layers(loss_fn)(params)
     _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params)
-    tx = loco.locoprop_momentum(layers)
+    tx = loco.scale_by_locoprop(layers)
     updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
     (update,) = jax.tree.leaves(updates)
     assert bool(jnp.all(jnp.isfinite(update)))

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import locoprop_optax as loco
-from tests.helpers import counted, regression
+from tests.helpers import counted, local_steps, regression
 from tests.trace.checks import assert_close
 
 X = jax.random.normal(jax.random.key(0), (4, 6))
@@ -32,7 +32,7 @@ def test_python_runs_once_a_trace_and_callbacks_once_a_step():
     loss_fn, params, batch, runs, called = watched()
     layers = loco.layers(loss_fn)(params, batch)
     assert (len(runs), len(called)) == (1, 0)
-    tx = loco.locoprop_momentum(layers)
+    tx = local_steps(layers)
 
     @jax.jit
     def step(params, state):

@@ -12,13 +12,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import regression, slow, train_step
+from tests.helpers import local_steps, regression, slow, train_step
 
 SHARDS, OPTIMIZERS = (
     4,
     {
         "locoprop": loco.locoprop,
-        "locoprop_momentum": loco.locoprop_momentum,
         "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-3, num_local_steps=3),
     },
 )
@@ -74,11 +73,11 @@ def test_replicas_part_only_where_that_is_said(by):
         over = jax.pmap(lambda b: step(params, state, b)[0], "data")
         return over(parts)
 
-    for make in (loco.locoprop_momentum, loco.locoprop):
+    for make in (local_steps, loco.locoprop):
         with pytest.raises(ValueError, match=r"inside a shard, over 'data'.*averaged"):
             moved(make(layers))
-    together = moved(loco.averaged(loco.locoprop_momentum(layers), "data"))
-    apart = moved(loco.averaged(loco.locoprop_momentum(layers), ()))
+    together = moved(loco.averaged(local_steps(layers), "data"))
+    apart = moved(loco.averaged(local_steps(layers), ()))
     spread = lambda tree: float(np.ptp(tree["first"]["kernel"], axis=0).max())  # noqa: E731
     assert spread(together) == 0
     assert spread(apart) > 1e-5
@@ -109,7 +108,7 @@ def test_numbers_are_reduced_once(mesh):
 def test_counters_of_shards_agree(mesh):
     loss_fn, params, (x, y) = regression(batch=16)
     layers = loco.layers(loss_fn)(params, (x, y))
-    tx = loco.averaged(loco.locoprop_momentum(layers), "data")
+    tx = loco.averaged(loco.keep_finite(local_steps(layers)), "data")
     broken = (x.at[5, 0].set(jnp.nan), y)
     broken = jax.device_put(broken, NamedSharding(mesh, PartitionSpec("data")))
     step = sharded(train_step(loss_fn, layers, tx), mesh)

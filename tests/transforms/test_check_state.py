@@ -43,18 +43,18 @@ def test_another_model():
     )
     with pytest.raises(ValueError, match=match):
         loco.check_state(
-            state_of(loco.locoprop_momentum), state_of(loco.locoprop_momentum, hidden=6)
+            state_of(loco.scale_by_locoprop), state_of(loco.scale_by_locoprop, hidden=6)
         )
 
 
 def test_another_solver():
     solver = loco.solvers.majorized_newton(1, ema=0.9)
-    other = partial(loco.locoprop_momentum, solver=solver)
+    other = partial(loco.scale_by_locoprop, solver=solver)
     match = (
         r"solver/curvature/first/kernel/total/inner: saved as nothing, expected float32"
     )
     with pytest.raises(ValueError, match=match):
-        loco.check_state(state_of(loco.locoprop_momentum), state_of(other))
+        loco.check_state(state_of(loco.scale_by_locoprop), state_of(other))
 
 
 def test_a_version_that_lacked_something_lists_the_first_differences():

@@ -50,7 +50,7 @@ def test_numbers_of_one_layer():
 
 
 @pytest.mark.parametrize(
-    "make", [loco.locoprop_momentum, partial(loco.locoprop_m, learning_rate=1e-3)]
+    "make", [loco.locoprop, partial(loco.locoprop_m, learning_rate=1e-3)]
 )
 def test_off_by_default_and_without_effect_on_updates(make):
     loss_fn, params, batch = regression()
@@ -77,7 +77,7 @@ def test_in_the_state_of_an_nnx_optimizer():
         return jnp.mean((model(x) - 0.5) ** 2)
 
     layers = loco.nnx.layers(loss_fn)(model, jnp.eye(3))
-    tx = loco.locoprop_momentum(layers, diagnostics=True)
+    tx = loco.scale_by_locoprop(layers, diagnostics=True)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     capture = loco.nnx.value_and_grad(loss_fn, layers)
     _, grads, intermediates = capture(model, jnp.eye(3))

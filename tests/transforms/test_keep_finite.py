@@ -15,7 +15,6 @@ from tests.helpers import MLP, regression, train_step
 
 OPTIMIZERS = {
     "locoprop": loco.locoprop,
-    "locoprop_momentum": loco.locoprop_momentum,
     "locoprop_m": functools.partial(loco.locoprop_m, learning_rate=1e-4),
     "locoprop_s": functools.partial(loco.locoprop_s, learning_rate=1e-4),
 }
@@ -136,7 +135,7 @@ def test_dead_units_stay_where_they_are(name):
     chex.assert_trees_all_equal(moved["Dense_0"], dead["Dense_0"])
 
 
-@pytest.mark.parametrize("name", ["locoprop_momentum", "locoprop_m"])
+@pytest.mark.parametrize("name", ["locoprop", "locoprop_m"])
 def test_a_hundred_thousand_steps(name):
     loss_fn, params, batch = regression(MLP(hidden=2), batch=4)
     layers = loco.layers(loss_fn)(params, batch)
@@ -158,7 +157,7 @@ def test_a_hundred_thousand_steps(name):
 
 
 def test_counters_stop_at_their_end():
-    step, params, state, batch = stepper("locoprop_momentum")
+    step, params, state, batch = stepper("locoprop")
     last = np.iinfo(np.int32).max
 
     def to_the_end(leaf):

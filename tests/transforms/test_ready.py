@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import layers_for, regression, train_step, update_of
+from tests.helpers import layers_for, local_steps, regression, train_step, update_of
 
 
 class Normed(nn.Module):
@@ -24,7 +24,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(
     "make",
     [
-        loco.locoprop_momentum,
+        loco.locoprop,
         partial(loco.locoprop_m, learning_rate=1e-3),
         partial(loco.locoprop_s, learning_rate=1e-3),
     ],
@@ -40,35 +40,10 @@ def test_training_lowers_the_loss(make):
     assert loss < 0.7 * before
 
 
-def test_locoprop_momentum_is_the_documented_chain():
-    loss_fn, params, batch = regression()
-
-    def by_hand(layers):
-        solver = loco.solvers.limited(loco.solvers.majorized_newton(2, 0.1), 0.05)
-        return optax.chain(
-            loco.scale_by_locoprop(
-                layers,
-                loss=loco.losses.matching_loss(),
-                target=loco.targets.normalized(0.05),
-                regularizer=loco.regularizers.none(),
-                solver=solver,
-            ),
-            optax.trace(0.9),
-            optax.add_decayed_weights(0.01),
-            optax.scale_by_learning_rate(0.1),
-        )
-
-    ready = partial(loco.locoprop_momentum, weight_decay=0.01)
-    chex.assert_trees_all_close(
-        update_of(ready, loss_fn, params, batch),
-        update_of(by_hand, loss_fn, params, batch),
-    )
-
-
 def test_other_parameters_go_to_the_fallback():
     loss_fn, params, batch = regression(Normed())
     grads = jax.grad(loss_fn)(params, batch)
-    make = partial(loco.locoprop_momentum, fallback=optax.sgd(0.5))
+    make = partial(loco.locoprop, fallback=optax.sgd(0.5))
     updates = update_of(make, loss_fn, params, batch, exclude="norm/*")
     chex.assert_trees_all_close(
         updates["norm"], jax.tree.map(lambda g: -0.5 * g, grads["norm"]), rtol=1e-5
@@ -98,7 +73,7 @@ def test_injected_hyperparameters_equal_plain_ones():
     layers = loco.layers(loss_fn)(params, batch)
 
     def make(learning_rate, gamma, damping):
-        return loco.locoprop_momentum(
+        return local_steps(
             layers,
             learning_rate,
             target=loco.targets.normalized(gamma),
@@ -135,7 +110,7 @@ def test_injecting_a_count_says_what_to_do():
 def test_state_maps_like_any_optax_state():
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
-    for tx in (loco.locoprop_momentum(layers), loco.locoprop_m(layers, 1e-3)):
+    for tx in (loco.locoprop(layers), loco.locoprop_m(layers, 1e-3)):
         state = tx.init(params)
         with pytest.raises(TypeError, match=r"let jax.jit\(tx.init\) shard it"):
             optax.tree.map_params(tx, lambda leaf: leaf + 1, state)

@@ -14,10 +14,12 @@ import locoprop_optax as loco
 from tests.helpers import (
     MLP,
     layers_for,
+    local_steps,
     random_layer,
     regression,
     solved,
     train_step,
+    update_of,
 )
 
 OPTIMIZERS = {
@@ -76,7 +78,6 @@ def test_step_is_traced_once(block):
 @pytest.mark.parametrize(
     "make",
     [
-        loco.locoprop_momentum,
         partial(loco.locoprop_m, learning_rate=1e-3),
         partial(loco.locoprop_s, learning_rate=1e-3),
         *(partial(loco.scale_by_locoprop, solver=s) for s in BLOCKS.values()),
@@ -107,7 +108,7 @@ def assert_stable(make, dtype):
 def test_step_runs_in_a_scan_with_donated_buffers():
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
-    tx = loco.locoprop_momentum(layers)
+    tx = local_steps(layers, 1.0)
     step = train_step(loss_fn, layers, tx)
 
     def epoch(params, state):
@@ -136,6 +137,21 @@ def test_chain_of_the_design():
     for _ in range(30):
         params, state, loss = step(params, state, batch)
     assert loss < 0.5 * loss_fn(regression()[1], batch)
+
+
+def test_defaults():
+    loss_fn, params, batch = regression()
+    documented = partial(
+        loco.scale_by_locoprop,
+        loss=loco.losses.matching_loss(),
+        target=loco.targets.normalized(0.05),
+        regularizer=loco.regularizers.none(),
+        solver=loco.solvers.majorized_newton(2, 0.1),
+    )
+    chex.assert_trees_all_equal(
+        update_of(loco.scale_by_locoprop, loss_fn, params, batch),
+        update_of(documented, loss_fn, params, batch),
+    )
 
 
 def test_hyperparameters_take_schedules():
@@ -204,7 +220,7 @@ def test_equal_layers_are_solved_as_one_by_one(solver, stacked):
 
 
 @pytest.mark.parametrize(
-    "make", [loco.locoprop_momentum, partial(loco.locoprop_m, learning_rate=1e-3)]
+    "make", [loco.scale_by_locoprop, partial(loco.locoprop_m, learning_rate=1e-3)]
 )
 def test_stacking_shares_products_and_changes_no_number(make):
     class Deep(nn.Module):
@@ -353,7 +369,6 @@ class TestErrors:
         [
             loco.scale_by_locoprop,
             loco.locoprop,
-            loco.locoprop_momentum,
             partial(loco.locoprop_m, learning_rate=1e-3),
             partial(loco.locoprop_s, learning_rate=1e-3),
         ],

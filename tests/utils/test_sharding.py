@@ -13,22 +13,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import locoprop_optax as loco
-from tests.helpers import MLP, counted, regression, slow, train_step
+from tests.helpers import MLP, counted, local_steps, regression, slow, train_step
 
 DEVICES = 8
 MESHES = [AxisType.Auto, AxisType.Explicit]
 OPTIMIZERS = {
     "first_order": partial(loco.locoprop_m, learning_rate=1e-3, num_local_steps=3),
-    "majorized_newton": loco.locoprop_momentum,
+    "majorized_newton": local_steps,
     "a part's curvature": partial(
-        loco.locoprop_momentum,
+        local_steps,
         solver=loco.solvers.majorized_newton(1, ema=0.5, stride=2),
     ),
-    "exact": lambda layers: optax.chain(
-        loco.scale_by_locoprop(
-            layers, loss=loco.losses.squared_loss(), solver=loco.solvers.exact(0.1)
-        ),
-        optax.scale(-0.1),
+    "exact": partial(
+        local_steps, loss=loco.losses.squared_loss(), solver=loco.solvers.exact(0.1)
     ),
     "locoprop": loco.locoprop,
 }
@@ -180,9 +177,9 @@ def collectives(loss_fn, params, batch, make):
     [
         (partial(loco.locoprop_m, learning_rate=1e-4, num_local_steps=3), 1),
         (partial(loco.locoprop_m, learning_rate=1e-4, num_local_steps=7), 1),
-        (partial(loco.locoprop_momentum, stack_layers=False), 2),
+        (partial(local_steps, stack_layers=False), 2),
         (
-            partial(loco.locoprop_momentum, solver=loco.solvers.majorized_newton(1)),
+            partial(local_steps, solver=loco.solvers.majorized_newton(1)),
             0,
         ),
         (OPTIMIZERS["a part's curvature"], 0),
@@ -247,7 +244,7 @@ def test_first_order_steps_gather_no_part_of_a_layer():
 
 
 @pytest.mark.parametrize("kind", MESHES, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("optimizer", ["locoprop_m", "locoprop_momentum"])
+@pytest.mark.parametrize("optimizer", ["locoprop_m", "majorized_newton"])
 def test_devices_solve_different_layers(optimizer, kind):
     class Equal(nn.Module):
         @nn.compact
@@ -258,7 +255,7 @@ def test_devices_solve_different_layers(optimizer, kind):
 
     make = {
         "locoprop_m": partial(loco.locoprop_m, learning_rate=1e-4),
-        "locoprop_momentum": loco.locoprop_momentum,
+        "majorized_newton": local_steps,
     }[optimizer]
     loss_fn, params, batch = regression(Equal(), features=8)
     unstacked = partial(make, stack_layers=False)
@@ -278,7 +275,7 @@ def test_layers_are_spread_over_an_axis_that_the_mesh_has():
     loss_fn, params, batch = regression()
     layers = loco.layers(loss_fn)(params, batch)
     _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, batch)
-    tx = loco.locoprop_momentum(layers, stack_layers="layers")
+    tx = loco.scale_by_locoprop(layers, stack_layers="layers")
     with pytest.raises(ValueError, match=r"'layers' names no axis .*jax.set_mesh"):
         tx.update(grads, tx.init(params), params, intermediates=intermediates)
 
