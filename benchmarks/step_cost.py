@@ -50,7 +50,8 @@ PEER_SETTINGS = {
 
 
 def _with_momentum(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.chain(tx, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
+    behind = optax.trace(0.9), optax.scale_by_learning_rate(0.1)
+    return loco.keep_finite(optax.chain(tx, *behind))
 
 
 Make = Callable[[int, loco.Layers], optax.GradientTransformation]
