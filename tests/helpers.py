@@ -77,7 +77,7 @@ def capture(loss_fn, **options):
     def loss_grads_and_intermediates(params, *args, **kwargs):
         layers = loco.layers(loss_fn, **options)(params, *args, **kwargs)
         differentiate = loco.value_and_grad(loss_fn, layers, has_aux=has_aux)
-        return jax.jit(differentiate)(params, *args, **kwargs)
+        return jax.jit(lambda p: differentiate(p, *args, **kwargs))(params)
 
     return loss_grads_and_intermediates
 

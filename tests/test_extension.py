@@ -18,7 +18,7 @@ def test_one_of_each_trains_a_model_together():
         loss=lambda transfer: own["HuberLoss"](0.5),
         target=own["sign_target"](0.05),
         regularizer=own["LogCosh"](0.1),
-        solver=loco.solvers.limited(own["steepest_descent"](5), 0.3),
+        solver=own["steepest_descent"](5),
     )
     step, traces = counted(train_step(loss_fn, layers, tx))
     state = tx.init(params)

@@ -41,8 +41,6 @@ targets = st.sampled_from(
         loco.targets.gradient_descent(0.1),
         loco.targets.normalized(0.1),
         loco.targets.natural_gradient(0.1),
-        loco.targets.momentum(loco.targets.normalized(0.1), 0.9),
-        loco.targets.clipped(loco.targets.gradient_descent(10.0)),
     ]
 )
 solvers = st.sampled_from(
@@ -55,8 +53,6 @@ solvers = st.sampled_from(
         loco.solvers.exact(0.1),
         loco.solvers.conjugate_gradient(3),
         loco.solvers.mirror_descent(2),
-        loco.solvers.line_searched(loco.solvers.first_order(optax.sgd(1.0), 2)),
-        loco.solvers.limited(loco.solvers.majorized_newton(), 0.1),
     ]
 )
 losses = st.sampled_from(
@@ -70,7 +66,6 @@ regularizers = st.sampled_from(
     [
         loco.regularizers.none(),
         loco.regularizers.squared_l2(0.1),
-        loco.regularizers.weight_decay(0.1),
         loco.regularizers.relative_entropy(0.1),
     ]
 )

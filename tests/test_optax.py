@@ -221,9 +221,7 @@ def test_numbers_of_targets_and_solvers_can_be_injected():
     def make(damping, decay, tolerance):
         return local_steps(
             LAYERS,
-            target=loco.targets.momentum(
-                loco.targets.natural_gradient(0.1, damping, decay), decay
-            ),
+            target=loco.targets.natural_gradient(0.1, damping, decay),
             solver=loco.solvers.conjugate_gradient(3, damping, tolerance=tolerance),
         )
 

@@ -28,8 +28,8 @@ OPTIMIZERS = {
     "conjugate": lambda layers, learning_rate=0.1: local_steps(
         layers,
         learning_rate,
-        target=loco.targets.momentum(loco.targets.normalized(0.05), 0.5),
-        solver=loco.solvers.line_searched(loco.solvers.conjugate_gradient(3)),
+        target=loco.targets.normalized(0.05),
+        solver=loco.solvers.conjugate_gradient(3),
     ),
 }
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -10,8 +10,7 @@ from tests.helpers import random_layer, random_layers
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-PARTS = (loco.regularizers.squared_l2(0.7), loco.regularizers.weight_decay(0.3))
-REGULARIZERS = [loco.regularizers.none(), *PARTS, loco.regularizers.sum_of(*PARTS)]
+REGULARIZERS = [loco.regularizers.none(), loco.regularizers.squared_l2(0.7)]
 BREGMAN = [
     loco.regularizers.relative_entropy(0.4),
     loco.regularizers.signed_entropy(0.4, scale=0.2),
@@ -37,15 +36,9 @@ def test_gradient_and_curvature_belong_to_the_value(drawn, regularizer):
         )
 
 
-@pytest.mark.parametrize("name", ["squared_l2", "weight_decay"])
-def test_strength_must_not_be_negative(name):
+def test_strength_must_not_be_negative():
     with pytest.raises(ValueError, match="strength must not be negative, got -1"):
-        getattr(loco.regularizers, name)(-1)
-
-
-def test_sum_of_nothing():
-    with pytest.raises(ValueError, match="at least one"):
-        loco.regularizers.sum_of()
+        loco.regularizers.squared_l2(-1)
 
 
 POTENTIALS = {  # and their gradients

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_optax as loco
-from locoprop_optax._problems.problem import pose
 from tests.helpers import (
     counted,
     kfac,
@@ -247,8 +246,7 @@ def test_the_gradient_of_a_natural_target_is_that_of_its_displacement(model, is_
     "target",
     [
         loco.targets.natural_gradient(0.5),
-        loco.targets.momentum(loco.targets.normalized(0.05)),
-        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+        loco.targets.normalized(0.05, by_unit=True),
     ],
 )
 def test_targets_of_a_convolution_that_computes_in_bfloat16(target):
@@ -275,7 +273,7 @@ def test_natural_gradient_without_any_gradient_stays():
     np.testing.assert_array_equal(displacement.outputs, 0)
 
 
-def test_gauss_newton_is_the_gauss_newton_matrix_of_the_output():
+def test_natural_gradient_has_the_gauss_newton_matrix_of_the_output():
     """With labels that move the output along each axis, the estimate is exact."""
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=(3, 2)))
@@ -298,7 +296,7 @@ def test_gauss_newton_is_the_gauss_newton_matrix_of_the_output():
         gradient={"kernel": x.T @ jax.grad(loss)(a, y)},
         sampled_cotangents=20**0.5 * jax.grad(loss)(many, labels),
     )
-    target = loco.targets.gauss_newton(1.0, damping=0.0)
+    target = loco.targets.natural_gradient(1.0, damping=0.0)
     state = start(target, {"kernel": kernel})
     displacement, _ = displaced(target, layer, state)
     jacobians = jax.vmap(jax.jacobian(network))(a)
@@ -322,64 +320,11 @@ def test_rows_that_are_no_examples_make_the_step_no_shorter():
     np.testing.assert_allclose(-updates["w"][:, 0], expected, rtol=1e-9)
 
 
-def test_gauss_newton_needs_sampled_cotangents():
-    params, layer = random_layer(0, 6, 4, 3)
-    make = partial(loco.scale_by_locoprop, target=loco.targets.gauss_newton(1.0))
-    with pytest.raises(
-        ValueError, match=r"Layer 'layer/kernel': .*sampled.*add_sampled_cotangents"
-    ):
-        solved(make, params, layer)
-
-
-def test_clipped_targets_are_in_range():
-    params, layer = random_layer(0, 6, 4, 3, "tanh")
-    problem, _ = pose(
-        layer,
-        params,
-        (),
-        jnp.zeros((), int),
-        loss=loco.losses.matching_loss(),
-        target=loco.targets.clipped(loco.targets.gradient_descent(50.0)),
-        regularizer=loco.regularizers.none(),
-    )
-    free = jnp.tanh(layer.preactivations) - 50 * layer.cotangents
-    assert np.max(np.abs(free)) > 1
-    np.testing.assert_allclose(problem.targets, np.clip(free, -1, 1), rtol=1e-12)
-    found = problem.gradient_at_start()["kernel"]
-    np.testing.assert_allclose(found, problem.gradient(problem.no_step())["kernel"])
-
-
-def test_clipping_leaves_the_targets_of_the_squared_loss():
-    params, layer = random_layer(0, 6, 4, 3, "tanh")
-    plain = loco.targets.gradient_descent(50.0)
-    made = [
-        partial(loco.scale_by_locoprop, loss=loco.losses.squared_loss(), target=target)
-        for target in (plain, loco.targets.clipped(plain))
-    ]
-    first, second = (solved(make, params, layer)["kernel"] for make in made)
-    np.testing.assert_allclose(first, second, rtol=1e-9)
-
-
-def test_momentum_keeps_the_mean_moving():
-    decay, velocity = 0.8, np.zeros(3)
-    target = loco.targets.momentum(loco.targets.gradient_descent(0.5), decay)
-    params, _ = random_layer(0, 6, 4, 3)
-    state = start(target, params)
-    for k in range(4):
-        _, layer = random_layer(k, 5 + k, 4, 3)
-        displacement, state = displaced(target, layer, state, k)
-        own = 0.5 * np.asarray(layer.cotangents)
-        np.testing.assert_allclose(displacement.outputs, own + decay * velocity)
-        velocity = decay * velocity + own.mean(0)
-        np.testing.assert_allclose(displacement.outputs.mean(0), velocity)
-
-
 @pytest.mark.parametrize(
     "target",
     [
         loco.targets.natural_gradient(0.5),
-        loco.targets.momentum(loco.targets.normalized(0.05)),
-        loco.targets.clipped(loco.targets.normalized(0.05, by_unit=True)),
+        loco.targets.normalized(0.05, by_unit=True),
     ],
 )
 def test_targets_train_a_model_with_a_steady_state(target):

@@ -188,7 +188,6 @@ SOLVERS = {
     "majorized_newton": loco.solvers.majorized_newton(2),
     "averaged": loco.solvers.majorized_newton(1, ema=0.5),
     "conjugate_gradient": loco.solvers.conjugate_gradient(3),
-    "line_searched": loco.solvers.line_searched(loco.solvers.majorized_newton()),
 }
 
 

@@ -240,9 +240,8 @@ def add_sampled_cotangents(
       n \operatorname{E}_{y \sim p(\cdot | x)} \Big[ \sum_i g_i\, g_i^\top \Big],
 
     for a loss that is a mean over :math:`n` examples, where that of the cotangents for
-    the true labels is only the empirical one. `targets.natural_gradient` and
-    `targets.gauss_newton` use them. Under `jit` the forward pass of both captures is
-    computed once.
+    the true labels is only the empirical one. `targets.natural_gradient` uses them.
+    Under `jit` the forward pass of both captures is computed once.
 
     Args:
       intermediates: from the loss.
