@@ -33,7 +33,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("module", "size"),
     [
-        pytest.param(transformer, TEXT, id="transformer"),
+        pytest.param(transformer, TEXT, id="transformer", marks=pytest.mark.slow),
         pytest.param(cnn, DIGITS, id="cnn", marks=pytest.mark.slow),
     ],
 )

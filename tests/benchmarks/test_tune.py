@@ -26,7 +26,7 @@ def small_task(steps=3):
     return make_task(problem, steps=steps, batch_size=20, seed=0)
 
 
-FEW = ("adam", "muon", "lbfgs", "curveball", "locoprop_m", "locoprop_and_adamw")
+FEW = ("muon", "lbfgs", "locoprop_and_adamw")
 OWN = [name for name, contestant in CONTESTANTS.items() if contestant.peer is None]
 
 
@@ -147,6 +147,7 @@ def test_no_draw_is_tried_twice_after_a_resumption_or_with_other_lengths(tmp_pat
     assert len(drawn) == len(set(drawn)) >= 3
 
 
+@pytest.mark.slow
 def test_trials_behind_the_median_end_early(tmp_path):
     options = [*SMALL, "--optimizers", "sgd", "--output", str(tmp_path)]
     tune.main(["autoencoder", *options, "--trials", "8"])
@@ -162,6 +163,7 @@ def test_trials_behind_the_median_end_early(tmp_path):
     assert found["failed_trials"] == 0
 
 
+@pytest.mark.slow
 def test_a_contestant_that_fails_is_listed_with_its_error(tmp_path):
     options = [o for o in SMALL if o not in ("--steps", "4")]
     options += ["--optimizers", "adam", "kfac", "--epochs", "1"]

@@ -574,7 +574,9 @@ def test_the_pass_back_begins_at_the_last_layer_under_any_lift(lift, whole):
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float64", slow("float16"), slow("float32")]
+)
 def test_locoprop_keeps_dtypes_and_takes_injected_rates(dtype):
     with jax.enable_x64(dtype == "float64"):
         loss_fn, params, batch = regression(MLP(dtype=dtype, param_dtype=dtype))

@@ -52,7 +52,7 @@ def transfers(layers):
     return {layer.path: layer.transfer.name for layer in layers}
 
 
-CELLS = [nn.GRUCell, nn.LSTMCell, slow(nn.SimpleCell), slow(nn.MGUCell)]
+CELLS = [nn.GRUCell, *map(slow, (nn.LSTMCell, nn.SimpleCell, nn.MGUCell))]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -78,7 +78,7 @@ def test_nnx_recurrent_cell():
     assert len(layers.layers) == 8
 
 
-@pytest.mark.parametrize(("model", "x"), [(MLP, X), (CNN, IMAGES)])
+@pytest.mark.parametrize(("model", "x"), [(MLP, X), slow(CNN, IMAGES)])
 def test_a_model_of_one_example_under_vmap(model, x):
     _, params = mean_square(model, x)
 
@@ -98,9 +98,9 @@ def test_a_model_of_one_example_under_vmap(model, x):
 @pytest.mark.parametrize(
     ("model", "x", "axis"),
     [
-        (MLP, X, 0),
         (MLP, X, 1),
-        (CNN, IMAGES, -1),
+        slow(MLP, X, 0),
+        slow(CNN, IMAGES, -1),
         slow(MLP, X, -1),
         slow(CNN, IMAGES, 0),
         slow(CNN, IMAGES, 1),
@@ -132,8 +132,8 @@ class Block(nn.Module):
 @pytest.mark.parametrize(
     ("axis", "policy"),
     [
-        (0, "dots_saveable"),
         (1, "nothing_saveable"),
+        slow(0, "dots_saveable"),
         slow(0, None),
         slow(0, "nothing_saveable"),
         slow(1, None),
@@ -464,7 +464,15 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        slow("a count of leaves"),
+        slow("a mean of leaves"),
+        "a norm of leaves",
+        "another tree",
+    ],
+)
 def test_penalties_over_all_leaves(penalty):
     params = {"w1": jax.random.normal(KEY, (4, 5)), "w2": jnp.ones((5, 2))}
     other = jax.tree.map(jnp.ones_like, params)

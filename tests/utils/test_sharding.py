@@ -83,8 +83,13 @@ def on_one_device(optimizer, model):
 @pytest.mark.parametrize(
     ("optimizer", "model"),
     [
-        *((name, "dense") for name in OPTIMIZERS),
-        *((name, "conv") for name in OPTIMIZERS if name != "locoprop"),
+        *((name, "dense") for name in ("first_order", "majorized_newton", "locoprop")),
+        *(slow(name, "dense") for name in ("a part's curvature", "exact")),
+        ("majorized_newton", "conv"),
+        *(
+            slow(name, "conv")
+            for name in ("first_order", "a part's curvature", "exact")
+        ),
     ],
 )
 def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind):
@@ -212,7 +217,9 @@ def laid_out(params, mesh, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("optimizer", ["first_order", "majorized_newton", "locoprop"])
+@pytest.mark.parametrize(
+    "optimizer", ["locoprop", *map(slow, ["first_order", "majorized_newton"])]
+)
 def test_sharded_parameters_stay_as_they_are(optimizer, layout):
     loss_fn, params, batch = regression(MLP(hidden=8), batch=16)
     losses, alone, _, _ = train(loss_fn, params, batch, OPTIMIZERS[optimizer], steps=5)
