@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
-from tests.helpers import slow
     ceilings,
     compile_cost,
     operations,
@@ -17,6 +16,7 @@ from tests.helpers import slow
     step_cost,
     step_report,
 )
+from tests.helpers import slow
 
 ROOT = Path(__file__).parents[2]
 WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4

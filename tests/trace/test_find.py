@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import regression
+from tests.helpers import regression, slow
 from tests.trace.checks import assert_captured
 
 X = jax.random.normal(jax.random.key(0), (4, 6))

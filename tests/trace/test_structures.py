@@ -467,10 +467,8 @@ PENALTIES = {
 @pytest.mark.parametrize(
     "penalty",
     [
-        slow("a count of leaves"),
-        slow("a mean of leaves"),
-        "a norm of leaves",
-        "another tree",
+        slow(p) if p in ("a count of leaves", "a mean of leaves") else p
+        for p in PENALTIES
     ],
 )
 def test_penalties_over_all_leaves(penalty):

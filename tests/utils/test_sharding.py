@@ -2,6 +2,7 @@
 
 import re
 from functools import cache, partial
+from itertools import product
 
 import chex
 import flax.linen as nn
@@ -84,12 +85,9 @@ def on_one_device(optimizer, model):
     ("optimizer", "model"),
     [
         *((name, "dense") for name in ("first_order", "majorized_newton", "locoprop")),
-        *(slow(name, "dense") for name in ("a part's curvature", "exact")),
         ("majorized_newton", "conv"),
-        *(
-            slow(name, "conv")
-            for name in ("first_order", "a part's curvature", "exact")
-        ),
+        slow("first_order", "conv"),
+        *(slow(*case) for case in product(("a part's curvature", "exact"), MODELS)),
     ],
 )
 def test_a_batch_spread_over_devices_takes_the_same_steps(optimizer, model, kind):
