@@ -77,7 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     params = start()
     layers = loco.layers(loss_fn)(params, images[:1])
-    tx = loco.locoprop(layers)
+    tx = optax.chain(
+        loco.scale_by_locoprop(layers),
+        optax.trace(0.9),
+        optax.scale_by_learning_rate(0.1),
+    )
     capture = loco.value_and_grad(loss_fn, layers)
 
     @jax.jit
