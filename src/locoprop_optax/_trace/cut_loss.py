@@ -103,7 +103,9 @@ class CutLoss:
             return jax.jvp(gradient, (at,), ([*signs, *still],))[1]
 
         transfers = self.cut.transfers
-        middle = [*(jnp.full_like(a, 0.5) for a in values[:count]), *values[count:]]
+        # Behind a barrier, since XLA would fold the loss at a constant as it compiles.
+        halves = [jnp.full_like(a, 0.5) for a in values[:count]]
+        middle = [*jax.lax.optimization_barrier(halves), *values[count:]]
         curved = hvp(middle) if any(transfers) else []
         own = hvp(values) if None in transfers else []
         sampled = []
