@@ -66,11 +66,10 @@ def value_and_grad(
         uses = uses_of(traced, layers)
         there = run_forward(traced, uses, arrays, cut_of(traced, layers).values)
         leaves, structure = jax.tree.flatten(params)
-        one, nothing = (
-            jnp.ones_like(there.loss),
-            jax.tree.map(jnp.zeros_like, there.values),
+        nothing = [jnp.zeros_like(value) for value in there.values]
+        gradient, cotangents = go_back(
+            there.jvp, leaves, uses, jnp.ones_like(there.loss), nothing
         )
-        gradient, cotangents = go_back(there.jvp, leaves, uses, one, nothing)
         grads = jax.tree.unflatten(structure, gradient)
         model = GaussNewton(
             arrays, there.loss, gradient, there.values, there.jvp, key, traced, layers
