@@ -46,7 +46,7 @@ def test_has_aux():
         return loss_fn(params, batch), {"count": jnp.ones(3)}
 
     (loss, aux), _, intermediates = capture(with_aux, has_aux=True)(params, batch)
-    assert loss == loss_fn(params, batch)
+    np.testing.assert_allclose(loss, loss_fn(params, batch), rtol=1e-6)
     assert aux["count"].shape == (3,)
     assert set(intermediates.layers) == {"first/kernel", "second/kernel"}
 
