@@ -17,7 +17,7 @@ SCRIPTS = {
 }
 
 
-FURTHER = ("resnet_nnx", "transformer_linen", "vae", "gan")
+FURTHER = ("resnet_nnx", "transformer_linen", "transformer_nnx", "vae", "gan")
 
 
 @pytest.mark.parametrize("name", [slow(n) if n in FURTHER else n for n in SCRIPTS])

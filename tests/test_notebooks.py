@@ -9,7 +9,7 @@ from tests.helpers import slow
 NOTEBOOKS = sorted(execute.FOLDER.glob("*.ipynb"))
 
 
-FIRST = ("quickstart", "compose_with_optax", "nnx")
+FIRST = ("quickstart",)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import locoprop_optax as loco
-from tests.helpers import MLP, local_steps, regression
+from tests.helpers import MLP, local_steps, regression, slow
 
 OPTIMIZERS = {
     "newton": lambda layers, learning_rate=0.1: local_steps(layers, learning_rate),
@@ -132,7 +132,9 @@ def test_injected_hyperparameters_change_nothing(make):
 
 
 @optimizers
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float64", slow("float16"), slow("float32")]
+)
 def test_dtypes_of_updates_and_state(make, dtype):
     with jax.enable_x64(dtype == "float64"):
         model = MLP(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))

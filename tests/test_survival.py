@@ -101,6 +101,7 @@ def pair(start, folder, steps):
     return [start(folder, *common, "--process", number) for number in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_survive_the_death_of_one(start, tmp_path):
     first, second = map(ended, pair(start, tmp_path / "whole", 8))
     assert first == second
