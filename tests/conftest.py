@@ -4,11 +4,11 @@ from importlib import metadata
 from pathlib import Path
 
 # Most of the suite's time is compilation: made shorter, and shared by all processes.
-# Later versions may not know the last two flags.
+# Later versions may not know the last flag.
 os.environ |= {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true "
-    + "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    + "--xla_cpu_use_fusion_emitters=false"
     * metadata.version("jaxlib").startswith("0.10."),
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache/jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
