@@ -64,7 +64,8 @@ def value_and_grad(
     def loss_grads_and_intermediates(params, *args, **kwargs):
         traced, arrays = trace(loss_fn, has_aux, params, args, kwargs)
         uses = uses_of(traced, layers)
-        there = run_forward(traced, uses, arrays, cut_of(traced, layers).values)
+        cut = cut_of(traced, layers)
+        there = run_forward(traced, uses, arrays, cut.values)
         leaves, structure = jax.tree.flatten(params)
         nothing = [jnp.zeros_like(value) for value in there.values]
         gradient, cotangents = go_back(
@@ -72,7 +73,8 @@ def value_and_grad(
         )
         grads = jax.tree.unflatten(structure, gradient)
         model = GaussNewton(
-            arrays, there.loss, gradient, there.values, there.jvp, key, traced, layers
+            *(arrays, there.loss, gradient, there.values, there.jvp, key),
+            *(traced, layers, cut),
         )
         collected = collect(
             *(traced, layers, uses, params, grads, model.penalties),

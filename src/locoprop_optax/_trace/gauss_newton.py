@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from locoprop_optax._quadratic.linearization import Linearization
-from locoprop_optax._records.layers import Layers
+from locoprop_optax._records.layers import Cut, Layers
 from locoprop_optax._records.paths import by_path, is_masked, map_by_path
 from locoprop_optax._trace.collect import (
     go_back,
@@ -19,7 +19,7 @@ from locoprop_optax._trace.collect import (
     not_perturbed,
     uses_of,
 )
-from locoprop_optax._trace.cut_loss import CutLoss, cut_of
+from locoprop_optax._trace.cut_loss import CutLoss
 from locoprop_optax._trace.trace import Trace
 from locoprop_optax._utils.dtypes import at_least_float32
 
@@ -40,6 +40,7 @@ class GaussNewton:
       key: for sampled cotangents; None to take one from the bits of the arguments.
       traced: the trace.
       layers: the layers.
+      cut: where the loss is cut.
     """
 
     arrays: list[Any]
@@ -50,6 +51,7 @@ class GaussNewton:
     key: Any
     traced: Trace = field(metadata={"static": True})
     layers: Layers = field(metadata={"static": True})
+    cut: Cut = field(metadata={"static": True})
 
     def linearize(self, params: Any) -> Linearization:
         """The loss near the parameters, for changes in the form of `params`.
@@ -100,7 +102,7 @@ class GaussNewton:
         None if it is not cut.
         """
         leaves, loss = self._leaves_and_loss()
-        cut = loss.cut
+        cut = self.cut
         if not cut.values:
             return None
         if not cut.params:
@@ -114,7 +116,7 @@ class GaussNewton:
     def sampled_cotangents(self) -> list[dict[str, jax.Array]]:
         """The cotangents of each layer for sampled labels; none without curvature."""
         leaves, loss = self._leaves_and_loss()
-        if not loss.cut.values:
+        if not self.cut.values:
             return []
         seeds = loss.sample(self._values(), self.key)
         uses = uses_of(self.traced, self.layers)
@@ -129,8 +131,8 @@ class GaussNewton:
         ]
 
     def _leaves_and_loss(self) -> tuple[list[Any], CutLoss]:
-        count, cut = len(self.traced.paths), cut_of(self.traced, self.layers)
-        loss = CutLoss(self.traced.graph, cut, self.arrays[count:])
+        count = len(self.traced.paths)
+        loss = CutLoss(self.traced.graph, self.cut, self.arrays[count:])
         return self.arrays[:count], loss
 
     def _values(self) -> list[Any]:

@@ -81,7 +81,7 @@ def keep_finite(
 def _refused(state: Any) -> Array:
     """Whether a `scale_by_quadratic_model` within did not take its step."""
     found = optax.tree.get_all_with_path(state, "refused")
-    return _any([refused for _, refused in found])
+    return jnp.any(jnp.asarray([refused for _, refused in found]))
 
 
 def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
@@ -97,7 +97,3 @@ def all_finite(tree: Any) -> Array:
 
 def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-
-
-def _any(flags: list[Array]) -> Array:
-    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
