@@ -8,8 +8,11 @@ from pathlib import Path
 os.environ |= {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true "
-    + "--xla_cpu_use_fusion_emitters=false"
-    * metadata.version("jaxlib").startswith("0.10."),
+    + (
+        "--xla_cpu_use_fusion_emitters=false"
+        if metadata.version("jaxlib").startswith("0.10.")
+        else ""
+    ),
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache/jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

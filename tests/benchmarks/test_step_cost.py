@@ -42,7 +42,7 @@ def test_matrix_products_of_a_compiled_step(variant, products):
 
 @pytest.mark.parametrize(
     "variant",
-    [v if v in ("adam", "locoprop") else slow(v) for v in step_cost.VARIANTS],
+    [v if v in ("adam", "scale_by_locoprop") else slow(v) for v in step_cost.VARIANTS],
 )
 def test_parameters_and_state_are_donated(variant):
     step = step_cost.Step(variant, step_cost._scaled(0.06), 40, STEPS)
