@@ -22,3 +22,17 @@ def test_inverse_of_a_batch():
     found = jax.vmap(inverse)(matrices)
     for one, matrix in zip(found, matrices, strict=True):
         np.testing.assert_allclose(one @ matrix, np.eye(70), atol=1e-3)
+
+
+def test_what_is_inverted_now_and_then_is_not_turned_around():
+    def refreshed(average, known, rows, is_due):
+        def anew():
+            moved = 0.8 * average + rows.T @ rows
+            return moved, inverse(moved + jnp.eye(64))
+
+        return jax.lax.cond(is_due, anew, lambda: (average, known))
+
+    square, rows = jnp.ones((64, 64)), jnp.ones((100, 64))
+    program = jax.jit(refreshed).lower(square, square, rows, True).compile().as_text()
+    (line,) = [line for line in program.splitlines() if " conditional(" in line]
+    assert "{0,1}" not in line.split(" conditional(")[0], line
