@@ -76,6 +76,11 @@ DIAGONAL = {
     "lookup": (Lookup(), ROWS, (4, 3)),
     "clipping lookup": (Lookup(clips=True), ROWS, (4, 3)),
     "summand": (Lookup(fixed=True), jnp.zeros((2, 5), int), (1, 3)),
+    "summand, of rows": (
+        Lookup(fixed=True),
+        jnp.broadcast_to(jnp.arange(4), (2, 4)),
+        (5, 3),
+    ),
     "factor": (Factor(), jnp.arange(30.0).reshape(2, 5, 3), (3,)),
 }
 

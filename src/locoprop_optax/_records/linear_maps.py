@@ -247,9 +247,11 @@ class Lookup(_OfRows):
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
         """How often each row of the table is read."""
-        rows = len(params["kernel"])
+        rows, dtype = len(params["kernel"]), params["kernel"].dtype
+        if self.fixed and rows == 1:  # XLA would count constants as it compiles
+            return jnp.full((1, 1), inputs.size, dtype)
         numbers = jnp.clip(inputs, 0, rows - 1) if self.clips else inputs
-        none = jnp.zeros(rows, params["kernel"].dtype)
+        none = jnp.zeros(rows, dtype)
         return none.at[numbers.reshape(-1)].add(1, mode="drop")[None]
 
     def to_matrices(self, params: LayerParams) -> Matrices:
