@@ -39,8 +39,8 @@ def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     Returns:
       Its inverse; not finite where the matrix is not positive definite.
     """
-    # LAPACK and cuSOLVER read columns, which of the transposed matrix are the rows here,
-    # so that XLA does not turn around what the matrix is made of.
+    # LAPACK and cuSOLVER read columns. Those of the transpose are the rows here, so
+    # that XLA does not turn around what the matrix is made of.
     factor = cholesky(matrix.T, symmetrize_input=False)
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     root = triangular_solve(factor, eye, left_side=True, lower=True)
