@@ -443,10 +443,10 @@ def test_locoprop_takes_the_same_step_as_with_functions():
             layers,
             target=loco.targets.natural_gradient(1.0, damping=0.75, decay=0.8),
             solver=loco.solvers.majorized_newton(1, damping=0.3, ema=0.8),
-            refresh_every=8,
+            refresh_every=16,
         ),
         loco.scale_by_quadratic_model(
-            damping=0.0, damping_decay=1.0, average_decay=0.9, measure_every=4
+            damping=0.0, damping_decay=1.0, average_decay=0.9, measure_every=8
         ),
     )
     states, losses = [tx.init(params), by_hand.init(params)], []

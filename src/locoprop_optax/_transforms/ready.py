@@ -20,7 +20,7 @@ def locoprop(
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
     trust_region: TrustRegion | None = TrustRegion(),
-    refresh_every: int | None = None,
+    refresh_every: int = 16,
     weight_decay: ScalarOrSchedule = 0.0,
     fallback: optax.GradientTransformation | None = None,
     stack_layers: bool | str | None = None,
@@ -55,7 +55,7 @@ def locoprop(
         `TrustRegion()`.
       refresh_every: the number of steps from one to the next that makes curvature and
         inverses anew, as in `scale_by_locoprop`; step size and momentum are measured
-        twice as often. Default: 8.
+        twice as often. Default: 16.
       weight_decay: :math:`\lambda_w \ge 0`, decoupled, for the layers.
       fallback: a complete optimizer for all parameters that are no layers, and for
         tables that are looked up. Default: `optax.adamw(1e-2)`.
@@ -98,7 +98,6 @@ def locoprop(
       <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
       solver, and putting them together, are ours.
     """
-    refresh_every = 8 if refresh_every is None else refresh_every
     check_count("refresh_every", refresh_every)
     usual_target = targets.natural_gradient(1.0, damping=0.75, decay=0.8)
     usual_solver = solvers.majorized_newton(1, damping=0.3, ema=0.8)
