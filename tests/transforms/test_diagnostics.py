@@ -62,7 +62,9 @@ def test_off_by_default_and_without_effect_on_updates(make):
         after, state, _ = step(params, state, batch)
         assert jax.tree.structure(state) == structure
         results.append(after)
-    jax.tree.map(np.testing.assert_array_equal, *results)
+    # Up to rounding: XLA compiles two programs.
+    equal = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(equal, *results)
     found = loco.diagnostics_of(state)
     assert set(found) == {"first/kernel", "second/kernel"}
     assert all(d.objective_after < d.objective_before for d in found.values())

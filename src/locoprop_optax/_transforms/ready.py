@@ -20,7 +20,7 @@ def locoprop(
     regularizer: regularizers.Regularizer | None = None,
     solver: solvers.Solver | None = None,
     trust_region: TrustRegion | None = TrustRegion(),
-    refresh_every: int = 16,
+    refresh_every: int | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
     fallback: optax.GradientTransformation | None = None,
     stack_layers: bool | str | None = None,
@@ -98,6 +98,8 @@ def locoprop(
       <https://arxiv.org/abs/1503.05671>`_, 2015, for the target and section 7. The
       solver, and putting them together, are ours.
     """
+    # None, since optax.inject_hyperparams traces each default that is a number.
+    refresh_every = 16 if refresh_every is None else refresh_every
     check_count("refresh_every", refresh_every)
     usual_target = targets.natural_gradient(1.0, damping=0.75, decay=0.8)
     usual_solver = solvers.majorized_newton(1, damping=0.3, ema=0.8)
