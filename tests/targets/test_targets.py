@@ -157,9 +157,20 @@ def test_natural_gradient_follows_its_formula_over_batches():
         )
 
 
+def moment_of_examples(cotangents, inputs):
+    """That of the positions, and what their sums have above its trace."""
+    sums, each = cotangents.sum(1), np.concatenate(cotangents)
+    sums, each = sums.T @ sums, each.T @ each
+    positions = cotangents.shape[1]
+    kappa = np.sum(inputs.mean(1) ** 2) / np.mean(np.sum(inputs**2, 2).sum(0))
+    s = np.trace(sums) / np.trace(each)
+    r = kappa * s + (1 - kappa) * (1 - s / positions)
+    return each + max(0, r - 1) / s * sums
+
+
 @pytest.mark.parametrize("is_sampled", [False, True])
-def test_natural_gradient_of_a_convolution_is_kfc(is_sampled):
-    """The formula of Grosse and Martens for a loss that is a mean over images."""
+def test_natural_gradient_of_a_convolution_sums_positions(is_sampled):
+    """With the inputs of Grosse and Martens, for a loss that is a mean over images."""
 
     class Network(nn.Module):
         @nn.compact
@@ -192,14 +203,86 @@ def test_natural_gradient_of_a_convolution_is_kfc(is_sampled):
     patches = patches.reshape(n * positions, 6)
     layer = intermediates.sampled().layers["conv/kernel"]
     seen = layer.sampled_cotangents if is_sampled else layer.cotangents
-    own = n ** (0.5 if is_sampled else 1.0) * np.asarray(seen).reshape(-1, 3)
-    omega, gamma = patches.T @ patches / n, own.T @ own / len(own)
+    own = n ** (0.5 if is_sampled else 1.0) * np.asarray(seen).reshape(n, -1, 3)
+    omega = patches.T @ patches / n
+    gamma = moment_of_examples(own, np.asarray(x)) / (n * positions)
     omega = omega + 0.1 * np.trace(omega) / 6 * np.eye(6)
     gamma = gamma + 0.2 * np.trace(gamma) / 3 * np.eye(3)
     gradient = np.asarray(grads["conv"]["kernel"]).reshape(6, 3)
     expected = np.linalg.solve(omega, gradient) @ np.linalg.inv(gamma)
     found = np.asarray(updates["conv"]["kernel"]).reshape(6, 3)
     np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+class Bias(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+
+
+class Positions(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.param("positions", nn.initializers.zeros, x.shape[-2:])
+
+
+@pytest.mark.parametrize(
+    ("model", "share"),
+    [
+        (nn.Dense(3), 1.0),
+        (nn.Conv(3, (1,)), 1.0),
+        (Bias(), 1.0),
+        (Positions(), 0.25),
+        (nn.Embed(7, 3), 0.25),
+    ],
+)
+def test_positions_that_share_a_layer_add_up(model, share):
+    """By as much as the inputs are alike: here, if at all, they are equal."""
+    embeds = isinstance(model, nn.Embed)
+    x = jnp.ones((5, 4), jnp.int32) if embeds else jnp.ones((5, 4, 3))
+    params = model.init(jax.random.key(0), x)
+    drawn = np.random.default_rng(0).normal(size=(5, 1, 3)) * np.ones((5, 4, 3))
+
+    def loss_fn(params):
+        return jnp.sum(drawn * model.apply(params, x))
+
+    layers = loco.layers(loss_fn)(params)
+    _, _, intermediates = loco.value_and_grad(loss_fn, layers)(params)
+    target = loco.targets.natural_gradient(1.0, decay=0.0)
+    gradient = drawn[:, 0]  # of an example, at each of its four positions
+    for found in layers:
+        layer = intermediates.layers[found.path]
+        layer = replace(layer, sampled_cotangents=jnp.asarray(drawn))
+        state = target.init(found, layer.gradient)
+        moment = target.refresh(layer, None, state, 0).second_moment.value()
+        expected = share * 16 * gradient.T @ gradient
+        np.testing.assert_allclose(moment, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("likeness", [0.0, 0.4, 1.0])
+def test_the_trace_of_a_natural_target_is_that_of_the_fisher_matrix(likeness):
+    """With inputs and cotangents that are independent, over many examples."""
+    rng = np.random.default_rng(0)
+    n, positions, inputs, units = 4000, 6, 5, 3
+
+    def drawn(size, share):
+        mean = rng.normal(size=(n, 1, size))
+        return share * mean + (1 - share) * rng.normal(size=(n, positions, size))
+
+    x, g = drawn(inputs, likeness), drawn(units, 0.7)
+    layer = loco.LayerIntermediates(
+        inputs=jnp.asarray(x),
+        preactivations=jnp.zeros(g.shape),
+        cotangents=jnp.asarray(g),
+        gradient={"kernel": jnp.zeros((inputs, units))},
+        sampled_cotangents=jnp.asarray(g),
+    )
+    target = loco.targets.natural_gradient(1.0, decay=0.0)
+    state = start(target, {"kernel": layer.gradient["kernel"]})
+    moment = target.refresh(layer, None, state, 0).second_moment.value()
+    of_factors = np.mean(np.sum(x**2, axis=-1)) * np.trace(moment)
+    fisher = np.sum(np.einsum("npi,npu->niu", x, g) ** 2)
+    np.testing.assert_allclose(of_factors, fisher, rtol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ class _OfRows:
         """Each row counts as one, and each axis of outputs but the last."""
         return math.prod(cotangents.shape[:-1])
 
+    def likeness(self, params: LayerParams, inputs: Array) -> Float[Array, ""] | float:
+        """How much of the inputs is the mean over an example's positions, by norm."""
+        del params
+        return _likeness(inputs, self.summed)
+
     def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
         """The matrices in the shapes of the parameters."""
         return _in_shapes(matrices, like)
@@ -181,6 +186,11 @@ class Convolution:
         """The positions of an example share its loss."""
         return cotangents.shape[0]
 
+    def likeness(self, params: LayerParams, inputs: Array) -> Float[Array, ""] | float:
+        """How much of the inputs is the mean over an example's positions, by norm."""
+        del params
+        return _likeness(inputs, self.summed)
+
     def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
         """What the layer makes of kernels that pick one entry each."""
         shape = params["kernel"].shape
@@ -245,6 +255,10 @@ class Lookup(_OfRows):
         mode = "clip" if self.clips else "fill"
         return params["kernel"].at[inputs].get(mode=mode, fill_value=0)
 
+    def likeness(self, params: LayerParams, inputs: Array) -> Float[Array, ""] | float:
+        """All positions read a bias' one row; of a table, each one of its own."""
+        return 1.0 if len(params["kernel"]) == 1 else 1 / math.prod(inputs.shape[1:])
+
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "1 d"]:
         """How often each row of the table is read."""
         rows, dtype = len(params["kernel"]), params["kernel"].dtype
@@ -296,6 +310,13 @@ def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:
             for p in parts
         ]
     return jnp.concatenate(parts, axis=stack_dims)
+
+
+def _likeness(inputs: Array, columns: int) -> Float[Array, ""]:
+    positions = range(1, inputs.ndim - columns)
+    mean = jnp.mean(inputs, axis=tuple(positions), keepdims=True)
+    whole = jnp.mean(jnp.square(inputs))
+    return jnp.mean(jnp.square(mean)) / jnp.where(whole == 0, 1, whole)
 
 
 def _squares(design: Float[Array, "g n d"]) -> Float[Array, "g d"]:

@@ -1,11 +1,13 @@
 """Targets along the cotangents in the metric of their second moment."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_optax._problems.inverse import in_full_precision, inverse
+from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.hyperparams import (
@@ -41,7 +43,7 @@ def natural_gradient(
     .. math::
       t = f(a_0) - \gamma\, n g \Big(\hat C + \lambda
       \tfrac{\operatorname{tr} \hat C}{d} I\Big)^{-1}, \qquad
-      C \leftarrow \beta C + (1 - \beta) \sum_i \tilde g_i\, \tilde g_i^\top, \quad
+      C \leftarrow \beta C + (1 - \beta) M, \quad
       \hat C = \frac{C}{1 - \beta^k}
 
     after :math:`k` batches, so that :math:`t - f(a_0)` is the Newton step of a row, if
@@ -50,9 +52,28 @@ def natural_gradient(
     layer's own times the root of the number of examples, which makes the empirical
     Fisher matrix of a loss that is a mean over examples. Each row of a Dense layer then
     counts as an example, and a convolution's positions as one. With
-    `losses.squared_loss` and `solvers.exact` this is K-FAC. Positions of a convolution
-    (KFC) and heads of an attention projection share one second moment. An elementwise
-    factor has one number for each unit.
+    `losses.squared_loss` and `solvers.exact` this is K-FAC. Heads of an attention
+    projection share one second moment. An elementwise factor has one number for each
+    unit.
+
+    M is the second moment of the rows, :math:`E = \sum_{ip} \tilde g_{ip}\, \tilde
+    g_{ip}^\top`. Where an example i has P positions p that meet the same parameters (of
+    an image, of a sequence), its gradient is a sum over them, and may be far larger
+    than if they were independent:
+
+    .. math::
+      M = E + \max(0, r - 1) \frac{\operatorname{tr} E}{\operatorname{tr} S} S, \qquad
+      S = \sum_i \Big(\sum_p \tilde g_{ip}\Big) \Big(\sum_p \tilde
+      g_{ip}\Big)^\top, \\
+      r = \kappa s + (1 - \kappa) \big(1 - \tfrac{s}{P}\big), \qquad
+      s = \frac{\operatorname{tr} S}{\operatorname{tr} E}, \quad
+      \kappa = \frac{\sum_i \|\sum_p x_{ip}\|^2}{P \sum_{ip} \|x_{ip}\|^2} .
+
+    r is how many times the trace of the Fisher matrix lies above that of independent
+    positions, if the mean over positions and what differs from it are each independent
+    between inputs and cotangents. :math:`\kappa` is 1 where the inputs are equal at all
+    positions, as a bias' are (K-FAC "reduce"), and 1/P where they have nothing in
+    common (about "expand", KFC). The first axis of rows counts examples.
 
     Args:
       learning_rate: :math:`\gamma > 0`, a float or a schedule.
@@ -81,7 +102,9 @@ def natural_gradient(
       Martens, Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 3; Grosse, Martens,
       `A Kronecker-factored Approximate Fisher Matrix for Convolution Layers
-      <https://arxiv.org/abs/1602.01407>`_, 2016.
+      <https://arxiv.org/abs/1602.01407>`_, 2016; Eschenhagen, Immer, Turner, Schneider,
+      Hennig, `Kronecker-Factored Approximate Curvature for Modern Neural Network
+      Architectures <https://arxiv.org/abs/2311.00636>`_, 2023.
     """
     check_positive("learning_rate (γ of the target)", learning_rate)
     check_not_negative("damping", damping)
@@ -96,11 +119,10 @@ def natural_gradient(
         )
         sampled = layer.sampled_cotangents
         seen = own if sampled is None else at_least_float32(sampled)
-        moment = _second_moment(seen.reshape(-1, units), linear_map.units_apart)
+        moment = _second_moment(layer, seen)
         averaged = state.second_moment.moved(moment, decay)
         unbiased = averaged.value()
-        trace = jnp.trace(unbiased) if unbiased.ndim > 1 else jnp.sum(unbiased)
-        mean = jnp.maximum(trace, LEAST_SHARE * jnp.sum(own**2)) / units
+        mean = jnp.maximum(_trace(unbiased), LEAST_SHARE * jnp.sum(own**2)) / units
         diagonal = jnp.maximum(at(damping, count) * mean, LEAST_DAMPING)
         if linear_map.units_apart:
             metric = 1 / (unbiased + diagonal)
@@ -144,6 +166,28 @@ class NaturalGradientState(NamedTuple):
     metric: Float[Array, "*units"]
 
 
-def _second_moment(rows: Array, units_apart: bool) -> Array:
-    """Of the units with one another, or of each by itself, summed over rows."""
-    return jnp.sum(jnp.square(rows), axis=0) if units_apart else rows.T @ rows
+def _second_moment(layer: LayerIntermediates, cotangents: Array) -> Array:
+    """M, of the units with one another, or of each by itself."""
+    linear_map, units = layer.linear_map, cotangents.shape[-1]
+
+    def of_rows(cotangents):
+        rows = cotangents.reshape(-1, units)
+        if linear_map.units_apart:
+            return jnp.sum(jnp.square(rows), axis=0)
+        return rows.T @ rows
+
+    each = of_rows(cotangents)
+    positions = tuple(range(1, cotangents.ndim - linear_map.outputs))
+    number = math.prod(cotangents.shape[at] for at in positions)
+    if number == 1:
+        return each
+    summed = of_rows(jnp.sum(cotangents, axis=positions))
+    s = _trace(summed) / _trace(each)
+    likeness = linear_map.likeness(layer.gradient, layer.inputs)
+    excess = likeness * s + (1 - likeness) * (1 - s / number) - 1
+    return each + jnp.where(excess > 0, excess / s, 0.0) * summed
+
+
+def _trace(moment: Array) -> Array:
+    """Of a matrix, or of its diagonal."""
+    return jnp.trace(moment) if moment.ndim > 1 else jnp.sum(moment)
