@@ -7,16 +7,13 @@ fit in the time of `locoprop()`, and its schedule ends with them.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import track
 
 from benchmarks.everyday import report, runs
 from benchmarks.everyday.problems import problems
@@ -57,25 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "everyday.jsonl"
     results = read_results(path) if options.resume and path.exists() else []
-    context = get_context("spawn")
-    cores = context.Queue()
-    pinned = sorted(os.sched_getaffinity(0))[: options.workers]
-    for core in pinned:
-        cores.put(core)
-    with ProcessPoolExecutor(
-        len(pinned), context, initializer=runs.pin, initargs=(cores,)
-    ) as pool:
-        pending = []
-        for name in options.problems:
-            done = [r for r in results if r["problem"] == name]
-            left = [n for n in options.contestants if n not in _contestants(done)]
-            allowed = done[0]["steps"] * done[0]["step_seconds"] if done else 0.0
-            pending.append(
-                pool.submit(runs.trained, name, left, options.seeds, allowed)
-            )
-        for future in track(as_completed(pending), "Problems", total=len(pending)):
-            results += [{**result, "made": made} for result in future.result()]
-            write_results(sorted(results, key=_order), path)
+    tasks = []
+    for name in options.problems:
+        done = [r for r in results if r["problem"] == name]
+        left = [n for n in options.contestants if n not in _contestants(done)]
+        allowed = done[0]["steps"] * done[0]["step_seconds"] if done else 0.0
+        tasks.append(partial(runs.trained, name, left, options.seeds, allowed))
+    for found in runs.in_processes(tasks, options.workers):
+        results += [{**result, "made": made} for result in found]
+        write_results(sorted(results, key=_order), path)
     results = sorted(results, key=_order)
     Console().print(Markdown(report.markdown(results)))
     report.plot(results, path.with_suffix(".png"))

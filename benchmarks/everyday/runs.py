@@ -1,19 +1,40 @@
 """All runs of some contestants on an everyday problem, in a process of its own."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any, TypeVar
 
 import numpy as np
+from rich.progress import track
 
 from benchmarks.everyday.problems import problems
 from benchmarks.everyday.training import CONTESTANTS, Trainer
 
+T = TypeVar("T")
 MOST = 20  # times the steps of a problem, where a step is very cheap
 
 
-def pin(cores: Any) -> None:
-    """Keeps a worker on one core, so that the others change its times less."""
+def in_processes(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+    """What each task returns, as they end, and a bar of how many have.
+
+    Each worker keeps to one core, so that the others change its times less.
+    """
+    context = get_context("spawn")
+    cores = context.Queue()
+    pinned = sorted(os.sched_getaffinity(0))[:workers]
+    for core in pinned:
+        cores.put(core)
+    with ProcessPoolExecutor(
+        len(pinned), context, initializer=_pin, initargs=(cores,)
+    ) as pool:
+        pending = [pool.submit(task) for task in tasks]
+        for future in track(as_completed(pending), "Problems", total=len(pending)):
+            yield future.result()
+
+
+def _pin(cores: Any) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 

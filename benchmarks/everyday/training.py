@@ -16,21 +16,29 @@ from benchmarks.everyday.problem import Arrays, Problem
 from benchmarks.problem import batches
 
 
+def cosine(peak: Any, done: Any) -> Any:
+    """A cosine decay from the peak to zero."""
+    return peak * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
 class Contestant(NamedTuple):
     """An optimizer as users reach for it.
 
     Attributes:
       label: what tables and pictures call it.
-      make: from a learning rate, a schedule, to the optimizer; or from the layers, if
-        it captures.
+      make: from a learning rate, a schedule, to the optimizer; if it captures, from
+        the layers and that.
       rates: the peaks of the schedule that are tried; none if there is nothing to set.
       captures: whether it takes intermediates.
+      schedule: from a peak and the share of the training that is done, both traced, to
+        the learning rate.
     """
 
     label: str
-    make: Callable[[Any], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]
     rates: tuple[float, ...] = ()
     captures: bool = False
+    schedule: Callable[[Any, Any], Any] = cosine
 
 
 def _muon(schedule: Any) -> optax.GradientTransformation:
@@ -42,7 +50,9 @@ def _muon(schedule: Any) -> optax.GradientTransformation:
 
 
 CONTESTANTS = {
-    "locoprop": Contestant("locoprop", loco.locoprop, captures=True),
+    "locoprop": Contestant(
+        "locoprop", lambda layers, _: loco.locoprop(layers), captures=True
+    ),
     "adamw": Contestant("AdamW", optax.adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
     "muon": Contestant("Muon, Adam for the rest", _muon, (0.003, 0.01, 0.03, 0.1)),
     "momentum": Contestant(
@@ -100,10 +110,11 @@ class Trainer:
         return self._problem.layers(params, others, batch)
 
     def _optimizer(self, rate: Any, steps: Any) -> optax.GradientTransformation:
-        def cosine(count):
-            return rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / steps, 1)))
+        def schedule(count):
+            return self._contestant.schedule(rate, jnp.minimum(count / steps, 1))
 
-        return self._contestant.make(cosine if self._layers is None else self._layers)
+        layers = () if self._layers is None else (self._layers,)
+        return self._contestant.make(*layers, schedule)
 
     def _init(self, key: jax.Array) -> Any:
         params, others = self._problem.init(key)

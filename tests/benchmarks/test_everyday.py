@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.everyday import __main__ as everyday
-from benchmarks.everyday import random_problems, report
+from benchmarks.everyday import random_problems, report, schedules
 from benchmarks.everyday.problems import problems
 from benchmarks.report import read_results
 from tests.helpers import slow
@@ -132,3 +132,36 @@ def test_the_page_is_the_committed_results():
     assert random_problems.summary(runs) in page
     readme = (ROOT / "README.md").read_text()
     assert report.comparisons(results, "locoprop") in readme
+
+
+@pytest.mark.slow
+def test_schedules_are_compared(tmp_path, capsys):
+    schedules.main(
+        [
+            *("--problems", "separable", "--seeds", "0", "--steps", "20"),
+            *("--output", str(tmp_path)),
+        ]
+    )
+    results = read_results(tmp_path / "everyday_schedules.jsonl")
+    assert [run["schedule"] for run in results] == [*schedules.SHAPES]
+    assert len({run["train"] for run in results}) == len(results)
+    assert "separable" in capsys.readouterr().out
+
+
+def test_every_schedule_but_none_ends_at_zero():
+    ends = {name: float(shape(1.0)) for name, shape in schedules.SHAPES.items()}
+    assert ends.pop("none") == 1
+    assert set(ends.values()) == {0.0}
+    assert all(float(shape(0.0)) == 1 for shape in schedules.SHAPES.values())
+
+
+def test_what_a_schedule_is_worth_is_said():
+    runs = [
+        {"problem": "p", "steps": 9, "schedule": shape, "seed": 0, "train": loss}
+        | {"valid": 1.0}
+        for shape, loss in zip(schedules.SHAPES, (2.0, 1.0, 4.0, 3.0), strict=True)
+    ]
+    text = schedules.markdown(runs)
+    assert "| p | 9 | 2 | 1 | 4 | 3 | 2.00 |" in text
+    assert "best in training loss: 0 of 1" in text
+    assert "best in validation loss: 1 of 1" in text
