@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,13 +30,15 @@ SHAPES = {
     "none": lambda done: 1.0 + 0.0 * done,
     "linear": lambda done: 1.0 - done,
     "cosine": partial(cosine, 1.0),
-    "last fifth": lambda done: jax.numpy.minimum(1.0, 5.0 * (1.0 - done)),
+    "last fifth": lambda done: jnp.minimum(1.0, 5.0 * (1.0 - done)),
 }
 SCHEDULED = Contestant(
     "locoprop",
     loco.locoprop,
     captures=True,
-    schedule=lambda shape, done: jax.lax.switch(shape, [*SHAPES.values()], done),
+    schedule=lambda shape, done: jax.lax.switch(
+        jnp.int32(shape), [*SHAPES.values()], done
+    ),
 )
 PARTS = {"train": "training", "valid": "validation"}
 
@@ -50,7 +53,7 @@ def runs_of(name: str, seeds: Sequence[int], steps: int | None) -> list[dict[str
             **about,
             "schedule": shape,
             "seed": seed,
-            **trainer.run(seed, count, at)._asdict(),
+            **trainer.run(seed, count, float(at))._asdict(),
         }
         for at, shape in enumerate(SHAPES)
         for seed in seeds

@@ -65,7 +65,10 @@ class _OfRows:
     def likeness(self, params: LayerParams, inputs: Array) -> Float[Array, ""] | float:
         """How much of the inputs is the mean over an example's positions, by norm."""
         del params
-        return _likeness(inputs, self.summed)
+        positions = tuple(range(1, inputs.ndim - self.summed))
+        mean = jnp.mean(inputs, axis=positions, keepdims=True)
+        whole = jnp.mean(jnp.square(inputs))
+        return jnp.mean(jnp.square(mean)) / jnp.where(whole == 0, 1, whole)
 
     def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
         """The matrices in the shapes of the parameters."""
@@ -147,6 +150,7 @@ class Convolution:
     is_convolution = True  # for which XLA is slow in a loop and under vmap
     is_diagonal = units_apart = False
     reads = jnp.floating
+    likeness = _OfRows.likeness
 
     @property
     def ends_in_units(self) -> bool:
@@ -185,11 +189,6 @@ class Convolution:
     def examples(self, cotangents: Array) -> int:
         """The positions of an example share its loss."""
         return cotangents.shape[0]
-
-    def likeness(self, params: LayerParams, inputs: Array) -> Float[Array, ""] | float:
-        """How much of the inputs is the mean over an example's positions, by norm."""
-        del params
-        return _likeness(inputs, self.summed)
 
     def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
         """What the layer makes of kernels that pick one entry each."""
@@ -310,13 +309,6 @@ def _joined(parts: Sequence[Array], stack_dims: int, columns: int) -> Array:
             for p in parts
         ]
     return jnp.concatenate(parts, axis=stack_dims)
-
-
-def _likeness(inputs: Array, columns: int) -> Float[Array, ""]:
-    positions = range(1, inputs.ndim - columns)
-    mean = jnp.mean(inputs, axis=tuple(positions), keepdims=True)
-    whole = jnp.mean(jnp.square(inputs))
-    return jnp.mean(jnp.square(mean)) / jnp.where(whole == 0, 1, whole)
 
 
 def _squares(design: Float[Array, "g n d"]) -> Float[Array, "g d"]:

@@ -185,7 +185,8 @@ def _second_moment(layer: LayerIntermediates, cotangents: Array) -> Array:
     s = _trace(summed) / _trace(each)
     likeness = linear_map.likeness(layer.gradient, layer.inputs)
     excess = likeness * s + (1 - likeness) * (1 - s / number) - 1
-    return each + jnp.where(excess > 0, excess / s, 0.0) * summed
+    share = jnp.where(excess > 0, excess / s, 0.0).astype(summed.dtype)
+    return each + share * summed
 
 
 def _trace(moment: Array) -> Array:
