@@ -106,7 +106,6 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
             ratios = sorted(map(over_best, means(results, part).values()))
             axes.plot(np.linspace(0, 1, len(ratios)), ratios, label=f"{label} loss")
         axes.axhline(1.1, color="gray", linewidth=0.8)
-        axes.set_yscale("log")
         axes.set_xlabel("share of the problems")
         axes.set_ylabel("without a schedule / with the best")
         axes.legend(frameon=False)

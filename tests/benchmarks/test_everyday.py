@@ -128,6 +128,8 @@ def test_the_page_is_the_committed_results():
     results = read_results(RESULTS / "everyday.jsonl")
     for part in report.markdown(results).split("\n\n"):
         assert part in page
+    runs = read_results(RESULTS / "everyday_schedules.jsonl")
+    assert schedules.markdown(runs) in page
     _, *runs = read_results(RESULTS / "random_problems.jsonl")
     assert random_problems.summary(runs) in page
     readme = (ROOT / "README.md").read_text()

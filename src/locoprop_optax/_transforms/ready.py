@@ -42,8 +42,8 @@ def locoprop(
     Args:
       layers: what `layers(loss_fn)` found.
       learning_rate: :math:`\eta`, the share of that step, a float or a schedule. A
-        decay to zero averages the noise of the last batches out. Default: 1, all of
-        it.
+        decay to zero over the last fifth of the training averages the noise of the last
+        batches out. Default: 1, all of it.
       loss: the local loss. Default: `losses.matching_loss()`.
       target: the local target. Default: `targets.natural_gradient(1.0, damping=0.75,
         decay=0.8)`.
