@@ -174,7 +174,7 @@ def random_layer(seed, n, d_in, d_out, transfer="identity", bias=True):
 
 def problem_of(params, layer, *, gamma=0.1, loss=None, regularizer=None):
     """The local problem of one layer."""
-    problem, _ = pose(
+    return pose(
         layer,
         params,
         (),
@@ -183,7 +183,6 @@ def problem_of(params, layer, *, gamma=0.1, loss=None, regularizer=None):
         target=loco.targets.gradient_descent(gamma),
         regularizer=regularizer or loco.regularizers.none(),
     )
-    return problem
 
 
 def solved(make, params, layer):

@@ -48,15 +48,13 @@ def test_the_design_times_the_kernel(name, has_bias, float64):
     params = {"kernel": jax.random.normal(next(draw), kernel)}
     if has_bias:
         params["bias"] = jax.random.normal(next(draw), bias)
-    matrices = linear_map.to_matrices(params)
-    expected = linear_map.design(params, x) @ matrices.kernel
-    if matrices.bias is not None:
-        expected = expected + matrices.bias
+    matrix = linear_map.to_matrix(params)
+    expected = linear_map.design(params, x) @ matrix
     found = linear_map(params, x)
     np.testing.assert_allclose(
         found, jnp.moveaxis(expected, 0, 1).reshape(found.shape), atol=1e-12
     )
-    back = linear_map.from_matrices(matrices, like=params)
+    back = linear_map.from_matrix(matrix, like=params)
     for key, leaf in params.items():
         np.testing.assert_array_equal(back[key], leaf)
 
@@ -94,9 +92,8 @@ def test_squares_are_the_diagonal_of_the_jacobian_times_itself(name, float64):
     diagonal = jnp.diag(jacobian.T @ jacobian).reshape(shape)
     np.testing.assert_allclose(jacobian.T @ jacobian, jnp.diag(diagonal.ravel()))
     squares = linear_map.squares({"kernel": kernel}, x)
-    matrices = linear_map.to_matrices({"kernel": jnp.ones(shape)})
-    spread = matrices._replace(kernel=squares[..., None] * matrices.kernel)
-    found = linear_map.from_matrices(spread, like={"kernel": kernel})["kernel"]
+    spread = squares[..., None] * linear_map.to_matrix({"kernel": jnp.ones(shape)})
+    found = linear_map.from_matrix(spread, like={"kernel": kernel})["kernel"]
     np.testing.assert_allclose(found, diagonal)
 
 

@@ -36,7 +36,8 @@ def start(target, params):
 def displaced(target, layer, state, count=0):
     """The displacement at a step that makes everything anew, and the state after."""
     count = jnp.asarray(count)
-    return target.update(layer, None, target.refresh(layer, None, state, count), count)
+    state = target.refresh(layer, None, state, count)
+    return target.displace(layer, None, state, count), state
 
 
 @given(random_layers, st.floats(0.01, 20))
@@ -93,14 +94,14 @@ def test_normalized_does_not_see_the_scale_of_the_loss(drawn, scale):
     params, layer = random_layer(**drawn)
     target = loco.targets.normalized(0.1)
     moved = [
-        target.update(
+        target.displace(
             loco.LayerIntermediates(
                 layer.inputs, layer.preactivations, s * layer.cotangents, {}
             ),
             None,
             start(target, params),
             jnp.zeros((), int),
-        )[0].outputs
+        ).outputs
         for s in (1.0, scale)
     ]
     np.testing.assert_allclose(*moved, rtol=1e-9)

@@ -51,7 +51,7 @@ def test_another_solver():
     solver = loco.solvers.majorized_newton(1, ema=0.9)
     other = partial(loco.scale_by_locoprop, solver=solver)
     match = (
-        r"solver/curvature/first/kernel/total/inner: saved as nothing, expected float32"
+        r"solver/curvature/total/first/kernel/inner: saved as nothing, expected float32"
     )
     with pytest.raises(ValueError, match=match):
         loco.check_state(state_of(loco.scale_by_locoprop), state_of(other))

@@ -265,7 +265,7 @@ def test_precision_is_that_of_the_solver_alone():
     found = precisions(BLOCKS["majorized_newton"])
     assert found.count("None") == 5
     full = [name for name in found if "HIGHEST" in name]
-    assert len(full) > 4, "those of the inverse and by it"
+    assert len(full) == 4, "those by an inverse: two steps of two layers"
     assert found.count("BF16_BF16_F32") == len(found) - 5 - len(full) >= 4
 
 

@@ -6,7 +6,8 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import cholesky, triangular_solve
+from jax.lax.linalg import cholesky
+from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
 P = ParamSpec("P")
@@ -31,7 +32,7 @@ def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
 def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     r"""Inverts a symmetric positive definite matrix.
 
-    With :math:`H = L L^\top`, it is the product :math:`L^{-\top} L^{-1}`.
+    With :math:`H = L L^\top`, it solves :math:`L L^\top X = I`.
 
     Args:
       matrix: symmetric and positive definite.
@@ -43,5 +44,5 @@ def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     # that XLA does not turn around what the matrix is made of.
     factor = cholesky(matrix.T, symmetrize_input=False)
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    root = triangular_solve(factor, eye, left_side=True, lower=True)
-    return root.T @ root
+    found = cho_solve((factor, True), eye)
+    return 0.5 * (found + found.T)  # as rows again, and symmetric to the last bit

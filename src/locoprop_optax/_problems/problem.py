@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 
 from locoprop_optax._problems.gram import DiagonalGram, Gram, gram_of
 from locoprop_optax._problems.grouping import Grouped
-from locoprop_optax._quadratic.linearization import inner
 from locoprop_optax._records.intermediates import LayerIntermediates
 from locoprop_optax._records.linear_maps import LayerParams, LinearMap, Product
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.errors import LayerError
+from locoprop_optax._utils.reductions import inner
 from locoprop_optax.losses import Loss, LossFactory, MatchingLoss
 from locoprop_optax.losses._transfers import IDENTITY
 from locoprop_optax.regularizers import Regularizer
@@ -82,8 +82,8 @@ class LocalProblem:
     def loss_gradient(self, step: LayerParams) -> LayerParams:
         """The gradient of the loss alone after a step."""
         if self.gram is not None:
-            change = self.gram @ self.linear_map.to_matrices(step)
-            rise = self.linear_map.from_matrices(change, like=step)
+            change = self.gram @ self.linear_map.to_matrix(step)
+            rise = self.linear_map.from_matrix(change, like=step)
             return {n: self.initial_gradient[n] + rise[n] for n in step}
         change, pull_back = jax.vjp(lambda s: self.linear_map(s, self.inputs), step)
         preactivations = self.preactivations + change
@@ -116,14 +116,14 @@ class LocalProblem:
         rows, columns, _ = self.sizes()
         inputs = self.inputs[:: min(stride, max(1, rows // columns))]
         seen = gram_of(self.linear_map, self.params, inputs)
-        return jax.tree.map(lambda g: len(self.inputs) / len(inputs) * g, seen)
+        return seen._replace(rows=len(self.inputs) / len(inputs) * seen.rows)
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, inputs and outputs of the matrices that the layer is a product of."""
-        matrices = jax.eval_shape(self.linear_map.to_matrices, self.params)
-        _, d, o = matrices.kernel.shape
+        matrix = jax.eval_shape(self.linear_map.to_matrix, self.params)
+        _, d, o = matrix.shape
         rows = self.preactivations.shape[: -self.linear_map.outputs]
-        return math.prod(rows), d + (matrices.bias is not None), o
+        return math.prod(rows), d, o
 
     def prefers_gram(self, num_gradients: int) -> bool:
         """Whether so many gradients take fewer operations by the Gram matrix.
@@ -184,8 +184,8 @@ def pose(
     target: Target,
     regularizer: Regularizer,
     with_penalty: bool = False,
-) -> tuple[LocalProblem, Any]:
-    """Poses one layer's local problem, and moves its target's state on.
+) -> LocalProblem:
+    """Poses one layer's local problem.
 
     What else the model does with its parameters is a linear term; its penalty is left
     out unless it is asked for.
@@ -197,8 +197,7 @@ def pose(
         gradient=at_least_float32(dict(layer.gradient)),
     )
     local_loss = loss(layer.transfer)
-    before = target_state
-    displacement, target_state = target.update(layer, local_loss, before, count)
+    displacement = target.displace(layer, local_loss, target_state, count)
     start = local_loss.output(layer.preactivations)
     if layer.targets is not None:
         displacement = Displacement(start - layer.targets)
@@ -209,14 +208,14 @@ def pose(
         linear = _added(at_least_float32(dict(term)), linear)
     if linear is not None:
         other = replace(layer, gradient=linear)
-        scaled, _ = target.update(other, local_loss, before, count)
+        scaled = target.displace(other, local_loss, target_state, count)
         linear = linear if scaled.gradient is None else scaled.gradient
     params = at_least_float32(dict(params))
     known = displacement.gradient if local_loss.is_matching else None
     if known is None:
         residual = local_loss.gradient(layer.preactivations, goal)
         known = _pull_back(layer, params, residual)
-    problem = LocalProblem(
+    return LocalProblem(
         params=params,
         inputs=layer.inputs,
         preactivations=layer.preactivations,
@@ -227,7 +226,6 @@ def pose(
         linear_map=layer.linear_map,
         linear=linear,
     )
-    return problem, target_state
 
 
 def _added(gradient: LayerParams, other: LayerParams | None) -> LayerParams:

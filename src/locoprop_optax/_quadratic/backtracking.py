@@ -42,6 +42,7 @@ def backtrack(
     share: Scalar,
     value: Scalar,
     *,
+    least: float | Scalar = LEAST,
     looks: Bool[Array, ""],
     halves: bool,
 ) -> tuple[Scalar, Scalar]:
@@ -51,19 +52,20 @@ def backtrack(
       change_after: from a share to the loss's change, one pass forward.
       share: what is tried first.
       value: the loss before.
+      least: what the share is not halved below.
       looks: whether the loss is computed at all. If not, the share is that tried first
         and the change zero.
-      halves: whether the share is halved, down to the least, while the loss rises.
+      halves: whether the share is halved while the loss rises.
     """
 
     def goes_on(tried):
         looked, share, change = tried
-        again = halves & rises(change, value) & (share > LEAST)
+        again = halves & rises(change, value) & (share > least)
         return looks & (~looked | again)
 
     def attempt(tried):
         looked, share, _ = tried
-        share = jnp.where(looked, jnp.maximum(share / 2, LEAST), share)
+        share = jnp.where(looked, jnp.maximum(share / 2, least), share)
         return jnp.asarray(True), share, change_after(share).astype(value.dtype)
 
     start = (jnp.asarray(False), share, jnp.zeros_like(value))

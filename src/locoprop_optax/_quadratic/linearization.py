@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_optax._utils.dtypes import at_least_float32
+from locoprop_optax._utils.reductions import inner
 
 
 class ModelAndLoss(NamedTuple):
@@ -106,14 +107,6 @@ class Linearization(NamedTuple):
         )
 
 
-def inner(first: Any, second: Any) -> Array:
-    """The inner product of two trees, summed in float32 at least."""
-    parts = jax.tree.map(
-        lambda a, b: jnp.sum(a * b), *map(at_least_float32, (first, second))
-    )
-    return jnp.asarray(sum(jax.tree.leaves(parts)))
-
-
 class PlaneModel(NamedTuple):
     r"""The change of the loss after :math:`\rho z - \beta d`, as a quadratic.
 
@@ -129,13 +122,9 @@ class PlaneModel(NamedTuple):
     slopes: Float[Array, "2"]
 
     @classmethod
-    def flat(cls, gradient: Any, d: Any, z: Any) -> PlaneModel:
-        """The model without curvature; without slopes, too, if no gradient is known."""
-        dtype = jnp.result_type(*jax.tree.leaves(at_least_float32((d, z))))
-        slopes = jnp.zeros(2, dtype)
-        if gradient is not None:
-            slopes = jnp.stack([inner(gradient, along) for along in (d, z)])
-        return cls(jnp.zeros((2, 2), dtype), slopes)
+    def flat(cls, slopes: Float[Array, "2"]) -> PlaneModel:
+        """The model without curvature."""
+        return cls(jnp.zeros((2, 2), slopes.dtype), slopes)
 
     def astype(self, dtype: Any) -> PlaneModel:
         """The model in another dtype."""
@@ -155,23 +144,38 @@ class PlaneModel(NamedTuple):
         return coefficients(self.matrix, self.slopes, beta, rho)
 
 
+def slopes_along(gradient: Any, plane: Sequence[Any]) -> Float[Array, "2"]:
+    """The slopes of the loss along d and z; zero if no gradient is known."""
+    if gradient is None:
+        return jnp.zeros(2, jnp.result_type(*jax.tree.leaves(at_least_float32(plane))))
+    return jnp.stack([inner(gradient, along) for along in plane])
+
+
 def on_the_plane(
-    linear: Linearization, gradient: Any, d: Any, z: Any, damping: Array
+    linear: Linearization,
+    slopes: Float[Array, "2"] | None,
+    plane: Sequence[Any],
+    damping: Array | None,
 ) -> PlaneModel:
-    """The model with damped curvature along d and z."""
-    plane = [d, z]
+    """The model with damped curvature along d and z.
+
+    Args:
+      linear: the loss near the parameters.
+      slopes: those of the loss; None to take them from its linearization.
+      plane: d and z.
+      damping: what is added to the curvature, if anything.
+    """
     pushed = [linear.jvp(along) for along in plane]
     curved = [linear.hvp(change) for change in pushed]
     d_curves, crossed, z_curves = (
-        inner(pushed[i], curved[j]) + damping * inner(plane[i], plane[j])
+        inner(pushed[i], curved[j])
+        + (0.0 if damping is None else damping * inner(plane[i], plane[j]))
         for i, j in ((0, 0), (1, 0), (1, 1))
     )
     matrix = jnp.stack([d_curves, crossed, crossed, z_curves]).reshape(2, 2)
-    if gradient is None:
-        slopes = [inner(linear.loss_gradient, change) for change in pushed]
-    else:
-        slopes = [inner(gradient, along) for along in plane]
-    return PlaneModel(matrix, jnp.stack(slopes))
+    if slopes is None:
+        slopes = slopes_along(linear.loss_gradient, pushed)
+    return PlaneModel(matrix, slopes)
 
 
 def coefficients(

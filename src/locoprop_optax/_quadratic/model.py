@@ -24,15 +24,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_optax._quadratic.averaging import averaged, decay_at
 from locoprop_optax._quadratic.backtracking import (
+    LEAST,
     backtrack,
     first_share,
     in_doubt,
     rises,
 )
-from locoprop_optax._quadratic.linearization import PlaneModel, on_the_plane
+from locoprop_optax._quadratic.linearization import (
+    PlaneModel,
+    on_the_plane,
+    slopes_along,
+)
 from locoprop_optax._quadratic.near import Near
 from locoprop_optax._quadratic.trust_region import TrustRegion
-from locoprop_optax._transforms.keep_finite import all_finite, keep_finite
+from locoprop_optax._transforms.keep_finite import keep_finite
 from locoprop_optax._utils.average import Average
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.every import every, is_due
@@ -45,6 +50,7 @@ from locoprop_optax._utils.hyperparams import (
     check_share,
     check_static,
 )
+from locoprop_optax._utils.reductions import all_finite
 from locoprop_optax._utils.sharding import check_replicas
 
 
@@ -255,6 +261,8 @@ def minimize_along(
     _check_interval("trusted", trusted)
     _check_interval("damping_range", damping_range)
     factor = damping_decay**adapt_every
+    is_known = isinstance(damping, int | float) and isinstance(factor, int | float)
+    is_undamped = is_known and damping == 0 and factor == 1  # and stays so
 
     def adapted(strength, ratio, compared, whole):
         grows = (compared & ~(ratio >= trusted[0])) | ~whole
@@ -274,7 +282,7 @@ def minimize_along(
             value=zero(),
             step_size=zero(),
             momentum=zero(),
-            average=Average.empty(PlaneModel.flat(None, params, params)),
+            average=Average.empty(PlaneModel.flat(slopes_along(None, [params]))),
             ratio=zero(),
             share=jnp.ones((), jnp.float32),
             refused=jnp.asarray(False),
@@ -299,10 +307,15 @@ def minimize_along(
         d = direction(near, updates, z, strength)
         rate = at(learning_rate, state.count)
         dtype = state.average.weight.dtype
+        slopes = slopes_along(near.gradient, [d, z])
 
         def measured():
-            found = on_the_plane(near.linearize(), near.gradient, d, z, strength)
-            model = found.astype(dtype)
+            model = on_the_plane(
+                near.linearize(),
+                slopes=None if near.gradient is None else slopes,
+                plane=[d, z],
+                damping=None if is_undamped else strength,
+            ).astype(dtype)
             beta, rho = (
                 None if fixed is None else jnp.asarray(at(fixed, state.count))
                 for fixed in (step_size, momentum)
@@ -318,7 +331,7 @@ def minimize_along(
             return beta.astype(dtype), rho.astype(dtype), model, average
 
         def as_before():
-            model = PlaneModel.flat(near.gradient, d, z).astype(dtype)
+            model = PlaneModel.flat(slopes).astype(dtype)
             beta, rho = state.step_size.astype(dtype), state.momentum.astype(dtype)
             return beta, rho, model, state.average
 
@@ -337,12 +350,8 @@ def minimize_along(
                 lambda v, p: (length.astype(v.dtype) * v).astype(p.dtype), moved, like
             )
 
-        def change_after(share):
-            change = times(share * whole * rate, params)
-            return near.linearize().loss_at(change) - value
-
-        def expected(share):
-            return model.change(share * whole * rate, beta, rho)
+        def change_after(length):
+            return near.linearize().loss_at(times(length * rate, params)) - value
 
         finite = all_finite((model, value))  # its slopes hold the direction
         first = first_share(state.share)
@@ -352,17 +361,23 @@ def minimize_along(
         doubted = in_doubt(first, value, state.value, whole * slope)
         shortens = trust_region is not None and trust_region.shorten
         looks = finite & (compared | (shortens & doubted))
-        share, change = backtrack(
-            change_after, first, value, looks=looks, halves=shortens
+        length, change = backtrack(
+            *(change_after, first * whole, value),
+            least=LEAST * whole,
+            looks=looks,
+            halves=shortens,
         )
         refused = looks & (rises(change, value) if shortens else ~jnp.isfinite(change))
-        followed = jnp.where(refused, 0.0, _ratio(change, expected(share)))
+        expected = model.change(length * rate, beta, rho)
+        followed = jnp.where(refused, 0.0, _ratio(change, expected))
         ratio = jnp.where(looks & now, followed, state.ratio).astype(jnp.float32)
-        length = jnp.where(refused, 0.0, share * whole)
+        as_tried = (length == first * whole) & ~refused
+        share = jnp.where(as_tried, first, length / whole)
+        length = jnp.where(refused, 0.0, length)
         new_state = ScaleByQuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             velocity=times(length, z),
-            damping=adapted(strength, ratio, compared, (share == first) & ~refused),
+            damping=adapted(strength, ratio, compared, as_tried),
             value=value.astype(jnp.float32),
             step_size=beta.astype(jnp.float32),
             momentum=rho.astype(jnp.float32),

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from locoprop_optax._quadratic.linearization import PlaneModel
-from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.hyperparams import check_positive, check_share
+from locoprop_optax._utils.reductions import norms
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,8 @@ def above_least(model: PlaneModel, room: Array) -> PlaneModel:
 
 def relative_length(step: Any, params: Any) -> Float[Array, ""]:
     """The longest of the steps of all parameters, relative to the parameter."""
-
-    def relative(change, leaf):
-        units = leaf.shape[-1] if leaf.ndim else 1
-        change, leaf = map(jnp.ravel, at_least_float32((change, leaf)))
-        return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(leaf), units**0.5)
-
-    lengths = jax.tree.leaves(jax.tree.map(relative, step, params))
-    return jnp.max(jnp.stack(lengths)) if lengths else jnp.zeros((), jnp.float32)
+    steps, leaves = map(jax.tree.leaves, (step, params))
+    if not leaves:
+        return jnp.zeros((), jnp.float32)
+    units = np.array([leaf.shape[-1] if leaf.ndim else 1 for leaf in leaves])
+    return jnp.max(norms(steps) / jnp.maximum(norms(leaves), units**0.5))

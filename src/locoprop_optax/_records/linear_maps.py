@@ -1,12 +1,12 @@
 r"""How a layer's pre-activation depends on its parameters: always linearly.
 
 A linear map is all that a local problem knows about the kind of its layer. Seen as
-matrices, a layer is a product of its design matrix with its kernel, once for each of
-its groups (one, but for grouped convolutions):
+matrices, a layer is a product of its design with its kernel, once for each of its
+groups (one, but for grouped convolutions). A bias is one more row of the kernel, whose
+input is one:
 
 .. math::
-  a_g = X_g W_g + 1 b_g^\top, \qquad
-  X_g: n \times d,\quad W_g: d \times o
+  a_g = X_g W_g, \qquad X_g: n \times d,\quad W_g: d \times o
 
 The design of a lookup has one entry of one in each row, that of an elementwise factor
 one entry, so that :math:`X^\top X` is diagonal and no matrix is made of it.
@@ -17,25 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LayerParams: TypeAlias = Mapping[str, jax.Array]
-
-
-class Matrices(NamedTuple):
-    """A layer's parameters, or numbers of their shapes, as matrices.
-
-    Attributes:
-      kernel: W.
-      bias: b as one row; None if there is none.
-    """
-
-    kernel: Float[Array, "g d o"]
-    bias: Float[Array, "g 1 o"] | None
 
 
 class _OfRows:
@@ -70,9 +58,11 @@ class _OfRows:
         whole = jnp.mean(jnp.square(inputs))
         return jnp.mean(jnp.square(mean)) / jnp.where(whole == 0, 1, whole)
 
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
-        """The matrices in the shapes of the parameters."""
-        return _in_shapes(matrices, like)
+    def from_matrix(
+        self, matrix: Float[Array, "g d o"], like: LayerParams
+    ) -> LayerParams:
+        """A matrix in the shapes of the parameters."""
+        return _in_shapes(*_parted(matrix, like), like)
 
     def join_inputs(self, parts: Sequence[Array], stack_dims: int) -> Array:
         """The rows of several calls; their axes are made one where calls differ."""
@@ -110,14 +100,13 @@ class Product(_OfRows):
     def design(self, params: LayerParams, inputs: Array) -> Float[Array, "g n d"]:
         """The inputs, their axes made rows and columns."""
         columns = math.prod(params["kernel"].shape[: self.summed])
-        return inputs.reshape(1, -1, columns)
+        return _with_ones(inputs.reshape(1, -1, columns), params)
 
-    def to_matrices(self, params: LayerParams) -> Matrices:
+    def to_matrix(self, params: LayerParams) -> Float[Array, "g d o"]:
         """The kernel with the axes that are summed made one, and the others."""
         kernel = params["kernel"]
         matrix = kernel.reshape(1, math.prod(kernel.shape[: self.summed]), -1)
-        bias = params["bias"].reshape(1, 1, -1) if "bias" in params else None
-        return Matrices(matrix, bias)
+        return _with_bias(matrix, params)
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
         r"""The diagonal of :math:`X^\top X`."""
@@ -201,19 +190,21 @@ class Convolution:
         picked = jax.vmap(lambda kernel: self._convolve(inputs, kernel), out_axes=-2)
         entries = picked(picks).reshape(-1, passes, self.groups, channels)
         entries = jnp.moveaxis(entries, 2, 0)
-        return entries.reshape(*entries.shape[:2], -1)[..., :rows]
+        design = entries.reshape(*entries.shape[:2], -1)[..., :rows]
+        return _with_ones(design, params)
 
-    def to_matrices(self, params: LayerParams) -> Matrices:
+    def to_matrix(self, params: LayerParams) -> Float[Array, "g d o"]:
         """The kernel with all axes but the channels' made one, by group."""
         kernel = params["kernel"]
         entries = kernel.reshape(-1, self.groups, kernel.shape[-1] // self.groups)
-        bias = params["bias"].reshape(self.groups, 1, -1) if "bias" in params else None
-        return Matrices(jnp.moveaxis(entries, 1, 0), bias)
+        return _with_bias(jnp.moveaxis(entries, 1, 0), params)
 
-    def from_matrices(self, matrices: Matrices, like: LayerParams) -> LayerParams:
+    def from_matrix(
+        self, matrix: Float[Array, "g d o"], like: LayerParams
+    ) -> LayerParams:
         """Puts the axes back to where they were."""
-        kernel = jnp.moveaxis(matrices.kernel, 0, 1)
-        return _in_shapes(matrices._replace(kernel=kernel), like)
+        kernel, bias = _parted(matrix, like)
+        return _in_shapes(jnp.moveaxis(kernel, 0, 1), bias, like)
 
     def squares(self, params: LayerParams, inputs: Array) -> Float[Array, "g d"]:
         r"""The diagonal of :math:`X^\top X`."""
@@ -267,9 +258,9 @@ class Lookup(_OfRows):
         none = jnp.zeros(rows, dtype)
         return none.at[numbers.reshape(-1)].add(1, mode="drop")[None]
 
-    def to_matrices(self, params: LayerParams) -> Matrices:
+    def to_matrix(self, params: LayerParams) -> Float[Array, "1 d o"]:
         """The table, as it is."""
-        return Matrices(params["kernel"][None], None)
+        return params["kernel"][None]
 
 
 @dataclass(frozen=True)
@@ -293,9 +284,9 @@ class Factor(_OfRows):
         rows = inputs.reshape(-1, inputs.shape[-1])
         return jnp.sum(jnp.square(rows), axis=0)[None]
 
-    def to_matrices(self, params: LayerParams) -> Matrices:
+    def to_matrix(self, params: LayerParams) -> Float[Array, "1 d 1"]:
         """The vector as a column."""
-        return Matrices(params["kernel"][None, :, None], None)
+        return params["kernel"][None, :, None]
 
 
 LinearMap: TypeAlias = Product | Convolution | Lookup | Factor
@@ -315,8 +306,28 @@ def _squares(design: Float[Array, "g n d"]) -> Float[Array, "g d"]:
     return jnp.sum(jnp.square(design), axis=1)
 
 
-def _in_shapes(matrices: Matrices, like: LayerParams) -> LayerParams:
-    kernel = matrices.kernel.reshape(like["kernel"].shape)
-    if matrices.bias is None:
-        return {"kernel": kernel}
-    return {"kernel": kernel, "bias": matrices.bias.reshape(like["bias"].shape)}
+def _with_ones(design: Array, params: LayerParams) -> Array:
+    """The design, and the ones that a bias is multiplied by."""
+    if "bias" not in params:
+        return design
+    return jnp.concatenate([design, jnp.ones_like(design[..., :1])], axis=-1)
+
+
+def _with_bias(kernel: Array, params: LayerParams) -> Array:
+    """The kernel of each group, and its bias as one more row."""
+    if "bias" not in params:
+        return kernel
+    bias = params["bias"].reshape(len(kernel), 1, -1)
+    return jnp.concatenate([kernel, bias], axis=1)
+
+
+def _parted(matrix: Array, like: LayerParams) -> tuple[Array, Array | None]:
+    """The kernel's rows of each group, and the bias' if there is one."""
+    return (matrix[:, :-1], matrix[:, -1]) if "bias" in like else (matrix, None)
+
+
+def _in_shapes(kernel: Array, bias: Array | None, like: LayerParams) -> LayerParams:
+    shaped = {"kernel": kernel.reshape(like["kernel"].shape)}
+    if bias is not None:
+        shaped["bias"] = bias.reshape(like["bias"].shape)
+    return shaped

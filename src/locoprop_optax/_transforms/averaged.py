@@ -1,11 +1,9 @@
 """Steps of shards on their own, with one reduction a step."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import optax
 
+from locoprop_optax._utils.reductions import is_float
 from locoprop_optax._utils.sharding import averaging
 
 
@@ -59,8 +57,8 @@ def averaged(
         with averaging():
             step = optimizer.update(updates, state, params, **extra_args)
         leaves, structure = jax.tree.flatten(step)
-        counters = [at for at, leaf in enumerate(leaves) if not _is_float(leaf)]
-        numbers = [at for at, leaf in enumerate(leaves) if _is_float(leaf)]
+        counters = [at for at, leaf in enumerate(leaves) if not is_float(leaf)]
+        numbers = [at for at, leaf in enumerate(leaves) if is_float(leaf)]
         for combine, places in ((jax.lax.pmean, numbers), (jax.lax.pmax, counters)):
             combined = combine([leaves[at] for at in places], axis_name)
             for at, leaf in zip(places, combined, strict=True):
@@ -68,7 +66,3 @@ def averaged(
         return jax.tree.unflatten(structure, leaves)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from locoprop_optax._utils.counters import increased
+from locoprop_optax._utils.reductions import all_finite
+
 
 class KeepFiniteState(NamedTuple):
     """State of `keep_finite`.
@@ -31,7 +34,9 @@ def keep_finite(
     after it. All ready optimizers of this package stand behind this guard. It looks at
     what the optimizer returns, too, where `optax.apply_if_finite` looks at the gradient
     that goes in. It does not read the state, which can be large: what makes that not
-    finite has to make the step so.
+    finite has to make the step so. The matrices of `scale_by_locoprop` it leaves as
+    they are, since to keep two copies costs more than the step; they are of finite
+    gradients, and finite, by themselves.
 
     Args:
       optimizer: what is guarded, the whole chain: what follows it is not.
@@ -65,35 +70,48 @@ def keep_finite(
             )
         step, moved = optimizer.update(updates, state.inner_state, params, **extra_args)
         reached = optax.apply_updates(params, step)
-        squares = jax.tree.map(jnp.square, updates)
-        finite = all_finite((squares, reached))
+        finite = all_finite((jax.tree.map(jnp.square, updates), reached))
         nothing = jax.tree.map(jnp.zeros_like, step)
+        guarded, rest = _parted(moved)
+        _, before = _parted(state.inner_state)
         # A branch, not a selection, which each array's computation would repeat.
-        step, kept = jax.lax.cond(
-            finite, lambda: (step, moved), lambda: (nothing, state.inner_state)
+        step, rest = jax.lax.cond(
+            finite, lambda: (step, rest), lambda: (nothing, before)
         )
         skipped = increased(state.skipped_steps, ~finite | _refused(moved))
-        return step, KeepFiniteState(kept, skipped)
+        return step, KeepFiniteState(_joined(guarded, rest), skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _guards_itself(part: Any) -> bool:
+    return getattr(part, "stays_finite", False)
+
+
+def _parted(state: Any) -> tuple[Any, Any]:
+    """The parts of a state that guard themselves, and all others; None for the rest."""
+
+    def only(kept):
+        return jax.tree.map(
+            lambda part: part if _guards_itself(part) == kept else None,
+            state,
+            is_leaf=_guards_itself,
+        )
+
+    return only(True), only(False)
+
+
+def _joined(guarded: Any, rest: Any) -> Any:
+    """The state that these are the parts of."""
+    return jax.tree.map(
+        lambda part, other: other if part is None else part,
+        guarded,
+        rest,
+        is_leaf=lambda part: part is None or _guards_itself(part),
+    )
 
 
 def _refused(state: Any) -> Array:
     """Whether a `scale_by_quadratic_model` within did not take its step."""
     found = optax.tree.get_all_with_path(state, "refused")
     return jnp.any(jnp.asarray([refused for _, refused in found]))
-
-
-def increased(counter: Int[Array, ""], by: Any) -> Int[Array, ""]:
-    """A counter moved on, that stays where it is rather than overflow."""
-    return jnp.maximum(counter, counter + jnp.asarray(by, counter.dtype))
-
-
-def all_finite(tree: Any) -> Array:
-    """Whether all numbers of a tree are finite: no other less itself is zero."""
-    left = [jnp.sum(leaf - leaf) for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
-    return jnp.asarray(sum(left) == 0)
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

@@ -19,9 +19,10 @@ from locoprop_optax._transforms.diagnostics import (
     mean_over_stacks,
     no_diagnostics,
 )
-from locoprop_optax._transforms.keep_finite import all_finite
+from locoprop_optax._utils.counters import increased
 from locoprop_optax._utils.every import every
 from locoprop_optax._utils.hyperparams import check_count
+from locoprop_optax._utils.reductions import all_finite
 from locoprop_optax._utils.sharding import (
     check_axis,
     check_replicas,
@@ -31,7 +32,7 @@ from locoprop_optax.losses._transfers import IDENTITY
 
 
 class ScaleByLocoPropState(NamedTuple):
-    """State of `scale_by_locoprop`.
+    """State of `scale_by_locoprop`. No gradient that is not finite changes it.
 
     Attributes:
       count: the number of updates so far.
@@ -44,6 +45,8 @@ class ScaleByLocoPropState(NamedTuple):
     target: Any
     solver: Any
     diagnostics: Any
+
+    stays_finite = True  # so that `keep_finite` need not restore it
 
 
 def scale_by_locoprop(
@@ -166,14 +169,15 @@ def scale_by_locoprop(
             mesh_axis=mesh_axis,
         )
 
-    def refreshed(make, before, count):
-        """What is made anew when it is due, and whether that is finite."""
+    def refreshed(make, before, count, sound):
+        """What is made anew when it is due, if the gradients are sound and it, too."""
 
         def anew():
             made = make()
-            return made, all_finite(made)
+            finite = sound & all_finite(made)
+            return jax.lax.cond(finite, lambda: made, lambda: before)
 
-        return every(refresh_every, count, anew, lambda: (before, jnp.asarray(True)))
+        return every(refresh_every, count, anew, lambda: before)
 
     def refresh_targets(records, state):
         """What the targets know of the curvature, made anew."""
@@ -185,8 +189,8 @@ def scale_by_locoprop(
 
         return grouped.map(refresh_layer, grouped.like(state.target)).to_layers()
 
-    def solve(records, local, state, targets_are_finite):
-        """The directions, not finite if the state is not, and the state after them."""
+    def solve(records, local, state, sound):
+        """The directions, and the state after them."""
         grouped = group(records)
 
         def pose_layer(layer, layer_params, target_state):
@@ -201,17 +205,19 @@ def scale_by_locoprop(
                 with_penalty=solver.scales_gradient,
             )
 
-        posed, target_states = grouped.map(
-            pose_layer, grouped.like(local), grouped.like(state.target)
-        ).unzip()
+        posed = grouped.map(pose_layer, grouped.like(local), grouped.like(state.target))
         problems = LocalProblems(posed)
         with at_precision():
-            known, solver_is_finite = refreshed(
+            known = refreshed(
                 lambda: solver.refresh(problems, state.solver, state.count),
                 state.solver,
                 state.count,
+                sound,
             )
             step, solver_state = solver.solve(problems, known, state.count)
+        if solver_state is not known:
+            finite = sound & all_finite(step)
+            solver_state = optax.tree.where(finite, solver_state, known)
 
         def penalty_of(record, name):
             """The gradient of penalties, where the problems know nothing of them."""
@@ -219,12 +225,9 @@ def scale_by_locoprop(
                 return 0.0
             return record.penalty[name]
 
-        whole = jnp.where(targets_are_finite & solver_is_finite, 1.0, jnp.nan)
         directions = {
             path: {
-                n: (penalty_of(records[path], n) - whole * step[path][n]).astype(
-                    p.dtype
-                )
+                n: (penalty_of(records[path], n) - step[path][n]).astype(p.dtype)
                 for n, p in part.items()
             }
             for path, part in local.items()
@@ -233,9 +236,10 @@ def scale_by_locoprop(
         if diagnostics:
             seen = grouped.map(diagnose, posed, grouped.like(step)).to_layers()
             shown = {path: mean_over_stacks(s) for path, s in seen.items()}
+            shown = optax.tree.where(sound, shown, state.diagnostics)
         return directions, ScaleByLocoPropState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            target=target_states.to_layers(),
+            count=increased(state.count, sound),
+            target=state.target,
             solver=solver_state,
             diagnostics=shown,
         )
@@ -258,12 +262,13 @@ def scale_by_locoprop(
                 seen = match_layers(intermediates.sampled(), params, layers)
             return sharded_by_compiler(refresh_targets, like=state.target)(seen, state)
 
-        are_finite = jnp.asarray(True)
+        squares = {p: jax.tree.map(jnp.square, r.gradient) for p, r in records.items()}
+        sound = all_finite(squares)
         if jax.tree.leaves(state.target):  # most targets remember nothing
-            known, are_finite = refreshed(targets_anew, state.target, state.count)
+            known = refreshed(targets_anew, state.target, state.count, sound)
             state = state._replace(target=known)
         directions, state = sharded_by_compiler(solve, like=(local, state))(
-            records, local, state, are_finite
+            records, local, state, sound
         )
         return layers.merge(updates, directions), state
 

@@ -122,9 +122,4 @@ def conjugate_gradient(
 def _mean_eigenvalue(problem: LocalProblem) -> jax.Array:
     r"""Of :math:`x^\top x`, with a column of ones if there is a bias."""
     squares = problem.linear_map.squares(problem.params, problem.inputs)
-    groups, columns = squares.shape
-    total = jnp.sum(squares.astype(problem.preactivations.dtype))
-    if "bias" not in problem.params:
-        return total / squares.size
-    rows = problem.sizes()[0]
-    return (total + groups * rows) / (groups * (columns + 1))
+    return jnp.mean(squares.astype(problem.preactivations.dtype))

@@ -18,8 +18,8 @@ from locoprop_optax._problems.gram import (
 from locoprop_optax._problems.problem import SQUARED_LOSS, LocalProblem
 from locoprop_optax._records.layers import Layer
 from locoprop_optax._records.linear_maps import LayerParams
-from locoprop_optax._transforms.keep_finite import increased
 from locoprop_optax._utils.average import Average
+from locoprop_optax._utils.counters import increased
 from locoprop_optax._utils.dtypes import at_least_float32
 from locoprop_optax._utils.errors import LayerError
 from locoprop_optax._utils.hyperparams import (
@@ -33,7 +33,6 @@ from locoprop_optax._utils.hyperparams import (
 from locoprop_optax.solvers._solver import Solver, repeat
 
 T = TypeVar("T")
-G = TypeVar("G", Gram, DiagonalGram)
 
 
 def majorized_newton(
@@ -102,27 +101,30 @@ def majorized_newton(
         )
 
     def init(params, layers):
-        def zeros(made_of):
-            return {p: _zeros(layers[p], part, made_of) for p, part in params.items()}
-
+        grams = {p: _no_gram(layers[p], part) for p, part in params.items()}
+        known = {
+            p: jax.eval_shape(_vmapped(_without_curvature, layers[p].stack), gram)
+            for p, gram in grams.items()
+        }
         return MajorizedNewtonState(
-            curvature=zeros(Average.empty) if ema else (),
-            factors=zeros(lambda gram: _factorize((gram, 1.0, 0.0), damping=0.0)),
+            curvature=Average.empty(grams) if ema else (),
+            factors=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known),
             raised_damping=jnp.zeros((), jnp.int32),
         )
 
     def refresh(problems, state, count):
-        layers, averages = problems.grouped, ()
+        layers, average = problems.grouped, ()
         grams = layers.map(partial(LocalProblem.to_gram, stride=stride))
         if ema:
-            known = layers.like(state.curvature)
-            grams, moved = grams.map(partial(_averaged, ema=ema), known).unzip()
-            averages = moved.to_layers()
+            means = grams.map(lambda gram: gram._replace(rows=None)).to_layers()
+            average = state.curvature.moved(means, ema)
+            averaged = layers.like(average.value())
+            grams = averaged.map(lambda a, g: a._replace(rows=g.rows), grams)
         factorize = partial(_factorize, damping=at(damping, count))
-        factors = layers.map(_curvature, grams).map(factorize)
-        raised = sum(jnp.sum(factor.raised) for factor in factors.values)
+        factors, definite = layers.map(factorize, grams).unzip()
+        raised = sum(jnp.sum(~each) for each in definite.values)
         total = increased(state.raised_damping, raised)
-        return MajorizedNewtonState(averages, factors.to_layers(), total)
+        return MajorizedNewtonState(average, factors.to_layers(), total)
 
     def solve(problems, state, count):
         del count
@@ -235,85 +237,72 @@ class _Factor(NamedTuple):
     Attributes:
       inverse: the damped curvature, inverted.
       strength: what of its diagonal is damping.
-      raised: whether the trace stands for the curvature.
     """
 
     inverse: Inverse | DiagonalInverse
     strength: Float[Array, "g 1 1"]
-    raised: Bool[Array, ""]
 
 
-def _zeros(
-    layer: Layer, params: LayerParams, made_of: Callable[[Gram | DiagonalGram], T]
-) -> T:
-    """Zeros in the form of what is made of a layer's Gram matrix."""
+def _no_gram(layer: Layer, params: LayerParams) -> Gram | DiagonalGram:
+    """Zeros in the form of an average of a layer's Gram matrices."""
 
     def of(params):
-        kernel, bias = layer.linear_map.to_matrices(at_least_float32(dict(params)))
-        groups, columns, _ = kernel.shape
-        rows = jnp.zeros((), kernel.dtype)
+        matrix = layer.linear_map.to_matrix(at_least_float32(dict(params)))
+        groups, columns, _ = matrix.shape
         if layer.linear_map.is_diagonal:
-            return made_of(
-                DiagonalGram(jnp.zeros((groups, columns, 1), kernel.dtype), rows)
-            )
-        inner = jnp.zeros((groups, columns, columns), kernel.dtype)
-        return made_of(Gram(inner, None if bias is None else inner[..., :1], rows))
+            return DiagonalGram(jnp.zeros((groups, columns, 1), matrix.dtype), None)
+        return Gram(jnp.zeros((groups, columns, columns), matrix.dtype), None)
 
-    for _ in layer.stack:
-        of = jax.vmap(of)
-    shapes = jax.eval_shape(of, dict(params))
+    shapes = jax.eval_shape(_vmapped(of, layer.stack), dict(params))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def _averaged(gram: G, average: Average, *, ema: float) -> tuple[G, Average]:
-    """The averaged Gram matrices, as if of this batch's rows, and the new average."""
-    average = average.moved(jax.tree.map(lambda leaf: leaf / gram.rows, gram), ema)
-    return jax.tree.map(lambda leaf: gram.rows * leaf, average.value()), average
+def _vmapped(function: Callable[..., T], stack: tuple[int, ...]) -> Callable[..., T]:
+    """A function of a layer, for the layers of a stack."""
+    for _ in stack:
+        function = jax.vmap(function)
+    return function
 
 
-def _curvature(problem: LocalProblem, gram: G) -> tuple[G, Array, Array]:
-    """What bounds a layer's Hessian: the Gram matrix, c, and the regularizer's part."""
-    bound, penalty = bounds(problem, "majorized_newton")
-    dtype = gram.inner.dtype
-    return gram, jnp.asarray(bound, dtype), jnp.asarray(penalty, dtype)
+def _without_curvature(gram: Gram | DiagonalGram) -> _Factor:
+    """The form of what is made of a Gram matrix."""
+    strength = gram.mean_eigenvalue()
+    return _Factor(gram.inverse(1.0, strength)[0], strength)
 
 
 def _factorize(
-    curvature: tuple[Gram | DiagonalGram, Any, Any], *, damping: Any
-) -> _Factor:
-    """Damps and inverts what bounds a layer's Hessian.
+    problem: LocalProblem, gram: Gram | DiagonalGram, *, damping: Any
+) -> tuple[_Factor, Bool[Array, ""]]:
+    """Damps and inverts what bounds a layer's Hessian: n c times the mean Gram matrix.
 
-    Where rounding leaves nothing definite, the damping is raised to the trace.
+    Returns:
+      The factor, and whether rounding left the curvature definite.
     """
-    gram, bound, penalty = curvature
-    mean_eigenvalue = gram.mean_eigenvalue()
+    bound, penalty = bounds(problem, "majorized_newton")
+    whole = (gram.rows * jnp.asarray(bound)).astype(gram.inner.dtype)
+    penalty = jnp.asarray(penalty, gram.inner.dtype)
+    mean_eigenvalue = whole * gram.mean_eigenvalue()
     # Without any input there is nothing to solve; the identity keeps the step at zero.
     empty = (mean_eigenvalue == 0) & (penalty == 0)
-    strength = damping * bound * mean_eigenvalue
-    diagonal = strength + penalty + empty
-    found, above = gram.inverse(bound, diagonal), gram.inverse_above(bound, diagonal)
-    least = jnp.finfo(gram.inner.dtype).eps * bound * jnp.max(mean_eigenvalue)
-    definite = found.is_definite(least)
-    chosen = jax.tree.map(lambda f, a: jnp.where(definite, f, a), found, above)
-    return _Factor(chosen, strength, ~definite & jnp.isfinite(least))
+    strength = damping * mean_eigenvalue
+    inverse, definite = gram.inverse(whole, strength + penalty + empty)
+    factor = _Factor(inverse, strength.astype(gram.inner.dtype))
+    return factor, definite | ~jnp.all(jnp.isfinite(mean_eigenvalue))
 
 
 def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerParams:
     """The steps of `majorized_newton` for one layer."""
-    inverse, strength, _ = factor
-    to_matrices = problem.linear_map.to_matrices
+    inverse, strength = factor
+    linear_map = problem.linear_map
 
-    def change(matrices):
-        solved = inverse @ matrices
-        return problem.linear_map.from_matrices(solved, like=problem.params)
+    def change(matrix):
+        return linear_map.from_matrix(inverse @ matrix, like=problem.params)
 
     def later_step(step, _):
-        damped = jax.tree.map(
-            lambda g, s: g + strength * s,
-            to_matrices(problem.gradient(step)),
-            to_matrices(step),
-        )
+        gradient = linear_map.to_matrix(problem.gradient(step))
+        damped = gradient + strength * linear_map.to_matrix(step)
         return optax.tree.sub(step, change(damped))
 
-    first = optax.tree.scale(-1, change(to_matrices(problem.gradient_at_start())))
+    gradient = linear_map.to_matrix(problem.gradient_at_start())
+    first = optax.tree.scale(-1, change(gradient))
     return repeat(later_step, first, range(1, num_steps), problem)

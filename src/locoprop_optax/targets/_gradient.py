@@ -54,11 +54,11 @@ def gradient_descent(learning_rate: ScalarOrSchedule) -> Target:
     """
     check_positive("learning_rate (γ of the target)", learning_rate)
 
-    def update(layer, loss, state, count):
-        del loss
-        return _scaled(layer, at(learning_rate, count)), state
+    def displace(layer, loss, state, count):
+        del loss, state
+        return _scaled(layer, at(learning_rate, count))
 
-    return Target(lambda layer, params: (), update)
+    return Target(lambda layer, params: (), displace)
 
 
 def normalized(
@@ -106,13 +106,13 @@ def normalized(
         axes = tuple(range(per_example.ndim - by_unit))
         return state.moved(jnp.mean(per_example**2, axis=axes), decay)
 
-    def update(layer, loss, state, count):
+    def displace(layer, loss, state, count):
         del loss
         rows, mean_square = math.prod(layer.cotangents.shape[:-1]), state.value()
         per_rms = jnp.where(mean_square > 0, jax.lax.rsqrt(mean_square), 0.0)
         scale = (at(learning_rate, count) * rows * per_rms).astype(mean_square.dtype)
         if by_unit:
-            return Displacement(scale * layer.cotangents), state
-        return _scaled(layer, scale), state
+            return Displacement(scale * layer.cotangents)
+        return _scaled(layer, scale)
 
-    return Target(init, update, refresh)
+    return Target(init, displace, refresh)

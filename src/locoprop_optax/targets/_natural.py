@@ -3,7 +3,9 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from locoprop_optax._problems.inverse import in_full_precision, inverse
@@ -132,7 +134,7 @@ def natural_gradient(
         return NaturalGradientState(averaged, metric.astype(state.metric.dtype))
 
     @in_full_precision
-    def update(layer, loss, state, count):
+    def displace(layer, loss, state, count):
         del loss
         rows = layer.cotangents.size // layer.cotangents.shape[-1]
         metric = at(learning_rate, count) * rows * state.metric
@@ -140,9 +142,19 @@ def natural_gradient(
         product = jnp.multiply if layer.linear_map.units_apart else jnp.matmul
         outputs = product(layer.cotangents, metric)
         if not layer.linear_map.ends_in_units:
-            return Displacement(outputs), state
-        gradient = {n: product(g, metric) for n, g in layer.gradient.items()}
-        return Displacement(outputs, gradient), state
+            return Displacement(outputs)
+        rows = jax.tree.map(lambda g: g.reshape(-1, g.shape[-1]), dict(layer.gradient))
+        ends = np.cumsum([len(g) for g in rows.values()])
+        moved = jnp.split(
+            product(jnp.concatenate(list(rows.values())), metric), ends[:-1]
+        )
+        return Displacement(
+            outputs,
+            {
+                name: part.reshape(layer.gradient[name].shape)
+                for name, part in zip(rows, moved, strict=True)
+            },
+        )
 
     def init(layer, params):
         units = params["kernel"].shape[-1]
@@ -151,7 +163,7 @@ def natural_gradient(
             no_average(layer, params, *shape), zeros_for(layer, params, *shape)
         )
 
-    return Target(init, update, refresh, samples=True)
+    return Target(init, displace, refresh, samples=True)
 
 
 class NaturalGradientState(NamedTuple):

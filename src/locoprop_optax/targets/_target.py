@@ -38,16 +38,16 @@ class Target(NamedTuple):
     Attributes:
       init: from a layer, and its parameters by name, to the target's state for it, a
         pytree of arrays, those of stacked layers stacked in front.
-      update: from (intermediates, local loss, state, count) to (displacement, new
-        state), for one layer of a stack.
+      displace: from (intermediates, local loss, state, count) to the displacement, for
+        one layer of a stack.
       refresh: from (intermediates, local loss, state, count) to the state with what is
-        known of the curvature made anew, before `update`, but not at every step.
+        known of the curvature made anew, before `displace`, but not at every step.
         Default: nothing is.
       samples: whether `refresh` wants sampled cotangents in the intermediates.
     """
 
     init: Callable[[Layer, LayerParams], Any]
-    update: Callable[[LayerIntermediates, Loss, Any, Array], tuple[Displacement, Any]]
+    displace: Callable[[LayerIntermediates, Loss, Any, Array], Displacement]
     refresh: Callable[[LayerIntermediates, Loss, Any, Array], Any] = _as_it_is
     samples: bool = False
 
