@@ -54,6 +54,38 @@ def test_majorized_newton_errors(options, error, match):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_few_rows_are_solved_before_they_are_multiplied(rows, bias):
+    params, layer = random_layer(0, rows, 9, 7, "tanh", bias=bias)
+    problem = problem_of(params, layer, gamma=0.5)
+    assert (problem.factors_at_start() is None) == (rows == 40)
+    make = partial(
+        loco.scale_by_locoprop,
+        target=loco.targets.gradient_descent(0.5),
+        solver=loco.solvers.majorized_newton(num_steps=1, damping=0.2),
+    )
+    design, gradient = layer.inputs, problem.gradient_at_start()
+    right = gradient["kernel"]
+    if bias:
+        design = jnp.pad(design, ((0, 0), (0, 1)), constant_values=1.0)
+        right = jnp.concatenate([right, gradient["bias"][None]])
+    gram = design.T @ design
+    damping = 0.2 * jnp.trace(gram) / len(gram)
+    expected = jnp.linalg.solve(gram + damping * jnp.eye(len(gram)), right)
+    found = solved(make, params, layer)
+    np.testing.assert_allclose(found["kernel"], expected[:9], rtol=1e-9)
+    if bias:
+        np.testing.assert_allclose(found["bias"], expected[9], rtol=1e-9)
+
+
+def test_a_penalty_of_the_step_is_no_product_of_rows():
+    params, layer = random_layer(0, 2, 9, 7)
+    held = problem_of(params, layer, regularizer=loco.regularizers.squared_l2(0.1))
+    assert held.factors_at_start() is None
+
+
+@pytest.mark.usefixtures("float64")
 def test_exact_is_foof():
     params, layer = random_layer(0, 6, 4, 3, "tanh")
     make = partial(

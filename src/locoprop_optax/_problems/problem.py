@@ -26,6 +26,7 @@ from locoprop_optax._utils.reductions import inner
 from locoprop_optax.losses import Loss, LossFactory, MatchingLoss
 from locoprop_optax.losses._transfers import IDENTITY
 from locoprop_optax.regularizers import Regularizer
+from locoprop_optax.regularizers._regularizer import NoRegularizer
 from locoprop_optax.targets import Displacement, Target
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ class LocalProblem:
       regularizer: :math:`R`.
       loss: :math:`\ell`.
       linear_map: :math:`A`.
+      residual: the gradient of the loss in the pre-activations at :math:`\Delta = 0`,
+        if `initial_gradient` is known to be its pull-back and nothing else.
       linear: the gradient of what else the loss does with the parameters, scaled as the
         targets scale cotangents, a linear term; None if there is nothing.
       gram: the matrices :math:`x^\top x`, if the gradient is to be made of them instead
@@ -61,6 +64,7 @@ class LocalProblem:
     regularizer: Regularizer
     loss: Loss = field(metadata={"static": True})
     linear_map: LinearMap = field(metadata={"static": True})
+    residual: Float[Array, "*n d_out"] | None = None
     linear: LayerParams | None = None
     gram: Gram | None = None
     weight: float = field(default=1.0, metadata={"static": True})
@@ -94,6 +98,28 @@ class LocalProblem:
     def gradient_at_start(self) -> LayerParams:
         """The gradient of the local objective before the first step, at no cost."""
         return self._regularized(self.initial_gradient, self.no_step())
+
+    def factors_at_start(self) -> tuple[Array, Array] | None:
+        r"""The gradient before the first step as a product of two matrices.
+
+        Solved by an inverse on either side, the gradient takes :math:`2 d o (d + o)`
+        operations. Where rows are few, it takes fewer to solve the columns of
+        :math:`x^\top` and the rows of the residual, which are then multiplied:
+        :math:`2 n (d^2 + o^2 + d o)`.
+
+        Returns:
+          :math:`x^\top`, and the residual; None where that takes more operations.
+        """
+        n, d, o = self.sizes()
+        few = n * (d * d + o * o + d * o) < d * o * (d + o)
+        is_free = isinstance(self.regularizer, NoRegularizer)
+        if self.residual is None or not (is_free and few):
+            return None
+        if not isinstance(self.linear_map, Product):
+            return None
+        design = self.linear_map.design(self.params, self.inputs)
+        residual = self.residual.reshape(1, n, o)
+        return jnp.swapaxes(design, 1, 2).astype(residual.dtype), residual
 
     def no_step(self) -> LayerParams:
         """The step of length zero."""
@@ -212,6 +238,7 @@ def pose(
         linear = linear if scaled.gradient is None else scaled.gradient
     params = at_least_float32(dict(params))
     known = displacement.gradient if local_loss.is_matching else None
+    residual = displacement.outputs
     if known is None:
         residual = local_loss.gradient(layer.preactivations, goal)
         known = _pull_back(layer, params, residual)
@@ -224,6 +251,7 @@ def pose(
         regularizer=regularizer,
         loss=local_loss,
         linear_map=layer.linear_map,
+        residual=residual if linear is None else None,
         linear=linear,
     )
 

@@ -303,6 +303,12 @@ def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerPa
         damped = gradient + strength * linear_map.to_matrix(step)
         return optax.tree.sub(step, change(damped))
 
-    gradient = linear_map.to_matrix(problem.gradient_at_start())
-    first = optax.tree.scale(-1, change(gradient))
+    parts = problem.factors_at_start()
+    if parts is None:
+        first = change(linear_map.to_matrix(problem.gradient_at_start()))
+    else:
+        columns, residual = parts
+        solved = (inverse @ columns) @ residual
+        first = linear_map.from_matrix(solved, like=problem.params)
+    first = optax.tree.scale(-1, first)
     return repeat(later_step, first, range(1, num_steps), problem)
