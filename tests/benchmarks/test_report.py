@@ -28,6 +28,7 @@ def test_the_page_of_results_is_the_committed_results():
         "autoencoder_fashion_mnist": both,
         "autoencoder_mnist_deeper": both,
         "autoencoder_mnist_relu": both,
+        "autoencoder_mnist_batch_100": both,
         "autoencoder_mnist_wider": both,
         "ablation_mnist": [report.markdown],
         "transformer": both,
