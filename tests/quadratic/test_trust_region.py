@@ -206,3 +206,17 @@ def test_penalties_do_not_go_through_the_inverse():
 def test_bad_numbers(options, match):
     with pytest.raises(ValueError, match=match):
         loco.TrustRegion(**options)
+
+
+def test_an_unmeasured_step_promises_no_fall_below_the_least_loss():
+    region = loco.TrustRegion(least_loss=1.0)
+    value = jnp.asarray(3.0)
+    for promised in (0.0, 1.0, 4.0, 1e20):
+        fraction = region.unmeasured(jnp.asarray(promised), value)
+        np.testing.assert_allclose(fraction, 4.0 / (4.0 + promised), rtol=1e-6)
+        assert fraction * promised <= 2 * (3.0 - 1.0)
+    assert region.unmeasured(jnp.asarray(-2.0), value) == 1
+    assert region.unmeasured(jnp.asarray(0.0), jnp.asarray(1.0)) == 1
+    assert region.unmeasured(jnp.asarray(2.0), jnp.asarray(1.0)) == 0
+    anywhere = loco.TrustRegion(least_loss=None)
+    assert anywhere.unmeasured(jnp.asarray(9.0), value) == 1

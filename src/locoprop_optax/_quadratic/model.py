@@ -341,9 +341,13 @@ def minimize_along(
         moved = jax.tree.map(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
+        now = is_due(measure_every, state.count)
         whole = jnp.ones_like(state.share)
         if trust_region is not None:
             whole = trust_region.length(moved, params, rate)
+            promised = -rate * whole * model.slope(beta, rho)
+            fraction = trust_region.unmeasured(promised, value)
+            whole = jnp.where(now, whole, whole * fraction)
 
         def times(length, like):
             return jax.tree.map(
@@ -355,7 +359,6 @@ def minimize_along(
 
         finite = all_finite((model, value))  # its slopes hold the direction
         first = first_share(state.share)
-        now = is_due(measure_every, state.count)
         compared = now & (state.count % adapt_every == 0)
         slope = model.slope(beta, rho)
         doubted = in_doubt(first, value, state.value, whole * slope)

@@ -31,7 +31,10 @@ class TrustRegion:
        which makes the step shorter by :math:`1 + s^\top M^{-1} s / 2r`, and the model's
        minimum :math:`-\tfrac12 s^\top M^{-1} s` by as much, so that it stays above
        :math:`-r`. The term is the Gauss-Newton matrix of the loss as the square of its
-       root. It is small where the model promises a small part of the loss.
+       root. It is small where the model promises a small part of the loss. Between two
+       measurements a batch has no model but its slope, and the step is shortened by
+       :math:`1 + p / 2r`, with the fall p that the slope along it promises. Far past
+       the fit, one wrong example else moves all parameters as far as they may.
     2. The momentum :math:`\rho` is between 0 and its largest value; with a learning
        rate :math:`\eta < 1` it may be larger by :math:`1 - \eta`, the part of the last
        step that was not taken and is still ahead.
@@ -99,6 +102,19 @@ class TrustRegion:
             left = 1.0 - jnp.minimum(rate, 1.0)
             rho = jnp.clip(free, 0.0, self.max_momentum + left)
         return model.minimum(beta, rho)
+
+    def unmeasured(self, promised: Array, value: Array) -> Array:
+        """How much of a step is taken of whose batch only the slope is known.
+
+        Args:
+          promised: the fall that the slope along the step promises.
+          value: the loss.
+        """
+        if self.least_loss is None:
+            return jnp.ones_like(value)
+        room = jnp.abs(value - self.least_loss)
+        promised = jnp.maximum(promised, 0.0)
+        return jnp.where(promised > 0, 2 * room / (2 * room + promised), 1.0)
 
     def length(self, step: Any, params: Any, rate: float | Array = 1.0) -> Array:
         """How much of a step no parameter moves too far by, if `rate` is taken."""
