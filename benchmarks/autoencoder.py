@@ -21,8 +21,6 @@ from benchmarks.networks import (
 )
 from benchmarks.problem import Examples, Problem
 
-BATCH_SIZE = 1000  # the paper's
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The images and the network."""
@@ -69,7 +67,6 @@ def stem_of(options: argparse.Namespace) -> str:
     parts = ["autoencoder", options.data]
     parts += [options.network] * (options.network != "paper")
     parts += [options.transfer] * (options.transfer != "tanh")
-    parts += [f"batch_{options.batch_size}"] * (options.batch_size != BATCH_SIZE)
     return "_".join(parts)
 
 
@@ -78,7 +75,7 @@ BENCHMARK = comparison.Benchmark(
     description=__doc__,
     optimizers=tuple(name for name in CONTESTANTS if name not in MIXED),
     default=("adam", "locoprop_m", "locoprop"),
-    batch_size=BATCH_SIZE,
+    batch_size=1000,
     add_arguments=add_arguments,
     problem=load,
     settings=settings_of,
