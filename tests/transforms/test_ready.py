@@ -54,6 +54,19 @@ def test_other_parameters_go_to_the_fallback():
     )
 
 
+def test_a_model_of_tables_alone_is_the_fallbacks():
+    params, rows = {"table": jnp.ones((5, 3))}, jnp.array([0, 1, 2])
+
+    def loss_fn(params, rows):
+        return jnp.mean((params["table"][rows] - 2.0) ** 2)
+
+    layers = loco.layers(loss_fn)(params, rows)
+    tx = loco.locoprop(layers, fallback=optax.sgd(0.5))
+    _, grads, intermediates = loco.value_and_grad(loss_fn, layers)(params, rows)
+    updates, _ = tx.update(grads, tx.init(params), params, intermediates=intermediates)
+    np.testing.assert_allclose(updates["table"], -0.5 * grads["table"])
+
+
 def test_fallback_of_the_reference_is_its_one_local_step():
     loss_fn, params, batch = regression(Normed())
     grads = jax.grad(loss_fn)(params, batch)

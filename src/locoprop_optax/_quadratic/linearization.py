@@ -147,7 +147,7 @@ class PlaneModel(NamedTuple):
 def slopes_along(gradient: Any, plane: Sequence[Any]) -> Float[Array, "2"]:
     """The slopes of the loss along d and z; zero if no gradient is known."""
     if gradient is None:
-        return jnp.zeros(2, jnp.result_type(*jax.tree.leaves(at_least_float32(plane))))
+        return jnp.zeros(2, jnp.result_type(jnp.float32, *jax.tree.leaves(plane)))
     return jnp.stack([inner(gradient, along) for along in plane])
 
 

@@ -28,7 +28,8 @@ class Average(NamedTuple):
     def empty(cls, like: Any) -> Average:
         """That of nothing, for arrays of these shapes."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-        return cls(zeros, jnp.zeros((), jax.tree.leaves(zeros)[0].dtype))
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(zeros)]
+        return cls(zeros, jnp.zeros((), dtypes[0] if dtypes else jnp.float32))
 
     def moved(self, now: Any, decay: float | Float[Array, ""]) -> Average:
         """The average with something new."""

@@ -34,7 +34,7 @@ def joined(tree: Any) -> list[Array]:
 def inner(first: Any, second: Any) -> Float[Array, ""]:
     """The inner product of two trees of the same shapes, in float32 at least."""
     pairs = zip(*(joined(at_least_float32(t)) for t in (first, second)), strict=True)
-    return jnp.asarray(sum(jnp.sum(a * b) for a, b in pairs))
+    return jnp.asarray(sum((jnp.sum(a * b) for a, b in pairs), start=0.0))
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
