@@ -342,11 +342,11 @@ def minimize_along(
             lambda v, u: (rho * v - beta * u.astype(v.dtype)).astype(v.dtype), z, d
         )
         now = is_due(measure_every, state.count)
+        slope = model.slope(beta, rho)
         whole = jnp.ones_like(state.share)
         if trust_region is not None:
             whole = trust_region.length(moved, params, rate)
-            promised = -rate * whole * model.slope(beta, rho)
-            fraction = trust_region.unmeasured(promised, value)
+            fraction = trust_region.unmeasured(-rate * whole * slope, value)
             whole = jnp.where(now, whole, whole * fraction)
 
         def times(length, like):
@@ -360,7 +360,6 @@ def minimize_along(
         finite = all_finite((model, value))  # its slopes hold the direction
         first = first_share(state.share)
         compared = now & (state.count % adapt_every == 0)
-        slope = model.slope(beta, rho)
         doubted = in_doubt(first, value, state.value, whole * slope)
         shortens = trust_region is not None and trust_region.shorten
         looks = finite & (compared | (shortens & doubted))

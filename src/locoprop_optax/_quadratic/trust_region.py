@@ -78,9 +78,12 @@ class TrustRegion:
 
     def bounded(self, model: PlaneModel, value: Array) -> PlaneModel:
         """The model of a batch's loss that promises no fall below the least loss."""
-        if self.least_loss is None:
-            return model
-        return above_least(model, jnp.abs(value - self.least_loss))
+        room = self._room(value)
+        return model if room is None else above_least(model, room)
+
+    def _room(self, value: Array) -> Array | None:
+        """How far the loss may fall; None if there is no least loss."""
+        return None if self.least_loss is None else jnp.abs(value - self.least_loss)
 
     def minimum(
         self,
@@ -110,9 +113,9 @@ class TrustRegion:
           promised: the fall that the slope along the step promises.
           value: the loss.
         """
-        if self.least_loss is None:
+        room = self._room(value)
+        if room is None:
             return jnp.ones_like(value)
-        room = jnp.abs(value - self.least_loss)
         promised = jnp.maximum(promised, 0.0)
         return jnp.where(promised > 0, 2 * room / (2 * room + promised), 1.0)
 

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from locoprop_optax._utils.counters import increased
-from locoprop_optax._utils.reductions import all_finite
+from locoprop_optax._utils.reductions import all_finite, squares_are_finite
 
 
 class KeepFiniteState(NamedTuple):
@@ -70,7 +70,7 @@ def keep_finite(
             )
         step, moved = optimizer.update(updates, state.inner_state, params, **extra_args)
         reached = optax.apply_updates(params, step)
-        finite = all_finite((jax.tree.map(jnp.square, updates), reached))
+        finite = squares_are_finite(updates) & all_finite(reached)
         nothing = jax.tree.map(jnp.zeros_like, step)
         guarded, rest = _parted(moved)
         _, before = _parted(state.inner_state)

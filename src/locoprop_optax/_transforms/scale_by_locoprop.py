@@ -22,7 +22,7 @@ from locoprop_optax._transforms.diagnostics import (
 from locoprop_optax._utils.counters import increased
 from locoprop_optax._utils.every import every
 from locoprop_optax._utils.hyperparams import check_count
-from locoprop_optax._utils.reductions import all_finite
+from locoprop_optax._utils.reductions import all_finite, squares_are_finite
 from locoprop_optax._utils.sharding import (
     check_axis,
     check_replicas,
@@ -262,8 +262,7 @@ def scale_by_locoprop(
                 seen = match_layers(intermediates.sampled(), params, layers)
             return sharded_by_compiler(refresh_targets, like=state.target)(seen, state)
 
-        squares = {p: jax.tree.map(jnp.square, r.gradient) for p, r in records.items()}
-        sound = all_finite(squares)
+        sound = squares_are_finite([record.gradient for record in records.values()])
         if jax.tree.leaves(state.target):  # most targets remember nothing
             known = refreshed(targets_anew, state.target, state.count, sound)
             state = state._replace(target=known)

@@ -19,16 +19,13 @@ SMALL = 4096  # numbers
 
 
 def joined(tree: Any) -> list[Array]:
-    """The arrays of a tree, all small ones in one vector.
-
-    On a mesh they stay apart, since those that are sharded would have to be gathered.
-    """
+    """The arrays of a tree, all small ones in one vector."""
     leaves = jax.tree.leaves(tree)
-    if not get_abstract_mesh().empty:
-        return leaves
-    small = [jnp.ravel(leaf) for leaf in leaves if jnp.size(leaf) < SMALL]
-    large = [leaf for leaf in leaves if jnp.size(leaf) >= SMALL]
-    return [*large, jnp.concatenate(small)] if small else large
+    large, small = _by_size(leaves)
+    parts = [leaves[at] for at in large]
+    if small:
+        parts.append(jnp.concatenate([jnp.ravel(leaves[at]) for at in small]))
+    return parts
 
 
 def inner(first: Any, second: Any) -> Float[Array, ""]:
@@ -43,18 +40,34 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.asarray(sum(jnp.sum(leaf - leaf) for leaf in joined(numbers)) == 0)
 
 
+def squares_are_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether the squares of all numbers of a tree are finite."""
+    return all_finite(jax.tree.map(jnp.square, tree))
+
+
 def norms(arrays: Sequence[Array]) -> Float[Array, " n"]:
     """The norm of each array, in float32 at least."""
     arrays = [jnp.ravel(array) for array in at_least_float32(list(arrays))]
-    most = SMALL if get_abstract_mesh().empty else 0
-    small = [at for at, array in enumerate(arrays) if array.size < most]
-    large = [at for at, array in enumerate(arrays) if array.size >= most]
+    large, small = _by_size(arrays)
     squares = [jnp.vdot(arrays[at], arrays[at])[None] for at in large]
     if small:
         longest = max(arrays[at].size for at in small)
         rows = [jnp.pad(arrays[at], (0, longest - arrays[at].size)) for at in small]
         squares.append(jnp.sum(jnp.square(jnp.stack(rows)), axis=1))
     return jnp.sqrt(jnp.concatenate(squares))[np.argsort([*large, *small])]
+
+
+def _by_size(arrays: Sequence[Array]) -> tuple[list[int], list[int]]:
+    """The places of large arrays, and of small ones.
+
+    On a mesh none is small, since those that are sharded would have to be gathered.
+    """
+    most = SMALL if get_abstract_mesh().empty else 0
+    places = range(len(arrays))
+    return (
+        [at for at in places if jnp.size(arrays[at]) >= most],
+        [at for at in places if jnp.size(arrays[at]) < most],
+    )
 
 
 def is_float(leaf: Any) -> bool:

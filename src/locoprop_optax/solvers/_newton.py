@@ -1,6 +1,5 @@
 """Newton steps on a quadratic above the local problem, and the exact solution."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,14 +100,12 @@ def majorized_newton(
         )
 
     def init(params, layers):
-        grams = {p: _no_gram(layers[p], part) for p, part in params.items()}
-        known = {
-            p: jax.eval_shape(_vmapped(_without_curvature, layers[p].stack), gram)
-            for p, gram in grams.items()
-        }
+        shapes = {p: _shapes(layers[p], part) for p, part in params.items()}
+        grams = {path: gram for path, (gram, _) in shapes.items()}
+        factors = {path: factor for path, (_, factor) in shapes.items()}
         return MajorizedNewtonState(
             curvature=Average.empty(grams) if ema else (),
-            factors=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known),
+            factors=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), factors),
             raised_damping=jnp.zeros((), jnp.int32),
         )
 
@@ -243,31 +240,23 @@ class _Factor(NamedTuple):
     strength: Float[Array, "g 1 1"]
 
 
-def _no_gram(layer: Layer, params: LayerParams) -> Gram | DiagonalGram:
-    """Zeros in the form of an average of a layer's Gram matrices."""
+def _shapes(layer: Layer, params: LayerParams) -> tuple[Gram | DiagonalGram, _Factor]:
+    """The shapes of the average of a layer's Gram matrices, and of what it is made."""
 
     def of(params):
         matrix = layer.linear_map.to_matrix(at_least_float32(dict(params)))
         groups, columns, _ = matrix.shape
         if layer.linear_map.is_diagonal:
-            return DiagonalGram(jnp.zeros((groups, columns, 1), matrix.dtype), None)
-        return Gram(jnp.zeros((groups, columns, columns), matrix.dtype), None)
+            gram = DiagonalGram(jnp.zeros((groups, columns, 1), matrix.dtype), None)
+        else:
+            gram = Gram(jnp.zeros((groups, columns, columns), matrix.dtype), None)
+        strength = gram.mean_eigenvalue()
+        inverse, _ = gram.inverse(1.0, strength)
+        return gram, _Factor(inverse, strength)
 
-    shapes = jax.eval_shape(_vmapped(of, layer.stack), dict(params))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _vmapped(function: Callable[..., T], stack: tuple[int, ...]) -> Callable[..., T]:
-    """A function of a layer, for the layers of a stack."""
-    for _ in stack:
-        function = jax.vmap(function)
-    return function
-
-
-def _without_curvature(gram: Gram | DiagonalGram) -> _Factor:
-    """The form of what is made of a Gram matrix."""
-    strength = gram.mean_eigenvalue()
-    return _Factor(gram.inverse(1.0, strength)[0], strength)
+    for _ in layer.stack:
+        of = jax.vmap(of)
+    return jax.eval_shape(of, dict(params))
 
 
 def _factorize(
@@ -295,20 +284,18 @@ def _steps(problem: LocalProblem, factor: _Factor, *, num_steps: int) -> LayerPa
     inverse, strength = factor
     linear_map = problem.linear_map
 
-    def change(matrix):
-        return linear_map.from_matrix(inverse @ matrix, like=problem.params)
+    def to_params(matrix):
+        return linear_map.from_matrix(matrix, like=problem.params)
 
     def later_step(step, _):
         gradient = linear_map.to_matrix(problem.gradient(step))
         damped = gradient + strength * linear_map.to_matrix(step)
-        return optax.tree.sub(step, change(damped))
+        return optax.tree.sub(step, to_params(inverse @ damped))
 
-    parts = problem.factors_at_start()
-    if parts is None:
-        first = change(linear_map.to_matrix(problem.gradient_at_start()))
+    factors = problem.factors_at_start()
+    if factors is None:
+        solved = inverse @ linear_map.to_matrix(problem.gradient_at_start())
     else:
-        columns, residual = parts
+        columns, residual = factors
         solved = (inverse @ columns) @ residual
-        first = linear_map.from_matrix(solved, like=problem.params)
-    first = optax.tree.scale(-1, first)
-    return repeat(later_step, first, range(1, num_steps), problem)
+    return repeat(later_step, to_params(-solved), range(1, num_steps), problem)

@@ -1,9 +1,9 @@
 """Targets along the cotangents in the metric of their second moment."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -143,18 +143,8 @@ def natural_gradient(
         outputs = product(layer.cotangents, metric)
         if not layer.linear_map.ends_in_units:
             return Displacement(outputs)
-        rows = jax.tree.map(lambda g: g.reshape(-1, g.shape[-1]), dict(layer.gradient))
-        ends = np.cumsum([len(g) for g in rows.values()])
-        moved = jnp.split(
-            product(jnp.concatenate(list(rows.values())), metric), ends[:-1]
-        )
-        return Displacement(
-            outputs,
-            {
-                name: part.reshape(layer.gradient[name].shape)
-                for name, part in zip(rows, moved, strict=True)
-            },
-        )
+        gradient = _in_one(lambda rows: product(rows, metric), layer.gradient)
+        return Displacement(outputs, gradient)
 
     def init(layer, params):
         units = params["kernel"].shape[-1]
@@ -199,6 +189,19 @@ def _second_moment(layer: LayerIntermediates, cotangents: Array) -> Array:
     excess = likeness * s + (1 - likeness) * (1 - s / number) - 1
     share = jnp.where(excess > 0, excess / s, 0.0).astype(summed.dtype)
     return each + share * summed
+
+
+def _in_one(
+    function: Callable[[Array], Array], params: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Applies a function of rows to those of all of a layer's parameters at once."""
+    parts = [part.reshape(-1, part.shape[-1]) for part in params.values()]
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    found = jnp.split(function(jnp.concatenate(parts)), ends)
+    return {
+        name: rows.reshape(params[name].shape)
+        for name, rows in zip(params, found, strict=True)
+    }
 
 
 def _trace(moment: Array) -> Array:
